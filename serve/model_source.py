@@ -1,6 +1,6 @@
 """From what an operator writes for a model to a checkpoint: a folder on this machine, or one in a store.
 
-Only settings come here, never a name out of an API request: nothing that a client sends makes the server fetch or open anything.
+Sources come from settings only, never from API requests: nothing that a client sends makes the server download or open anything.
 """
 
 import difflib
@@ -22,44 +22,45 @@ DEMO_PLACE = "demo://"
 HUB_SCHEME, MODELSCOPE_SCHEME = "hf://", "modelscope://"
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 WANTED = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""Weights as safetensors, configuration, tokenizer. No pickles and no code."""
+"""Files to download: weights as safetensors, configuration, tokenizer. No pickles and no code."""
 UNWANTED = ("[!1-9]*/*", "[1-9][!_]*/*")
-"""Subfolders hold the same weights in other formats; but for those of sentence-transformers (`1_Pooling`)."""
+"""Files not to download: subfolders hold the same weights in other formats, except those of sentence-transformers (`1_Pooling`)."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 CLOSED = frozenset({errno.EROFS, errno.EACCES})
-"""Of a disk that takes nothing from us; of EACCES a network may speak as well, but it names no file."""
+"""Errors of a disk that cannot be written to. A network error may also be EACCES, but without a file name."""
 
 Report = Callable[[str, float], None]
-"""Told what is being done and how much of it is done, from 0 to 1."""
+"""Called with (current activity, fraction of it that is done, 0 to 1)."""
 
 
 class ModelSourceError(RuntimeError):
-    """The model is not here and could not be fetched; the message says what would do."""
+    """The model was not found and could not be downloaded; the message says what would work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundModel:
-    """A checkpoint, and what clients call it."""
+    """A checkpoint that was found, and the model name for clients."""
 
     folder: Path
-    """On this machine. Of a checkpoint that lies in a store, it has everything but the weights."""
+    """Folder on this machine. For a checkpoint in object storage it holds everything but the weights."""
     name: str
     store: str | None = None
-    """URL that each rank reads its share of the weights from; None: they are in the folder."""
+    """URL from which each rank reads its share of the weights; None: they are in ``folder``."""
     adapter: Path | str | None = None
-    """Where the adapter is that is added to them; None: there is none."""
+    """Location of the LoRA adapter to merge; None: no adapter."""
 
     @property
     def location(self) -> Path | str:
-        """Where the weights are."""
+        """Location of the weights: a folder or a URL."""
         return self.store or self.folder
 
 
 def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: None) -> FoundModel:
-    """
+    """Find the model and its adapter; download what is on a hub.
+
     Raises:
-        ModelSourceError: no such folder or repository, or it cannot be reached.
+        ModelSourceError: there is no such folder or repository, or it cannot be reached.
     """
     base = _found(settings.source, settings.revision, MODEL, report)
     if settings.adapter is None:
@@ -72,10 +73,10 @@ def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: N
 
 
 def served_name(settings: ModelSettings) -> str:
-    """What clients call the model; nothing is looked at for that.
+    """The model name for clients, from the settings alone.
 
     Raises:
-        ModelSourceError: the source cannot be one.
+        ModelSourceError: the source is not valid.
     """
     if settings.name:
         return settings.name
@@ -86,7 +87,7 @@ def served_name(settings: ModelSettings) -> str:
 
 
 def source_name(source: str) -> str:
-    """Of what a source names, whatever clients call it: a repository, or the last part of a path."""
+    """The source's own name, independent of the name for clients: a repository, or the last part of a path."""
     bare = source.removeprefix(HUB_SCHEME).removeprefix(MODELSCOPE_SCHEME)
     if bare != source or (REPOSITORY.fullmatch(source) and not Path(source).exists()):
         return bare
@@ -103,11 +104,11 @@ def check_unique_names(names: Sequence[str]) -> None:
 
 
 def portable_source(settings: ModelSettings) -> Path | str:
-    """The source in a form that means the same on every host of a cluster, for `download_if_needed` there: an absolute folder, the URL of
-    one in a store, or ``hf://owner/name@revision`` and the like.
+    """The source in a form that is valid on every host of a cluster, for `download_if_needed` there: an absolute folder, the URL of a
+    folder in object storage, or ``hf://owner/name@revision`` and the like.
 
     Raises:
-        ModelSourceError: a folder that is not absolute, or no repository.
+        ModelSourceError: a relative path, or not a repository.
     """
     source, revision = settings.source, f"@{settings.revision}" if settings.revision else ""
     if source == DEMO:
@@ -125,10 +126,10 @@ def portable_source(settings: ModelSettings) -> Path | str:
 
 
 def portable_adapter(settings: ModelSettings) -> Path | str | None:
-    """The same of the model's adapter; None: it has none.
+    """Like `portable_source`, for the model's adapter; None: no adapter.
 
     Raises:
-        ModelSourceError: as `portable_source`.
+        ModelSourceError: see `portable_source`.
     """
     if settings.adapter is None:
         return None
@@ -136,21 +137,21 @@ def portable_adapter(settings: ModelSettings) -> Path | str | None:
 
 
 def absolute_if_local(source: str) -> str:
-    """A folder of this host by its absolute path; anything else as it is."""
+    """The absolute path of a folder on this host; anything else unchanged."""
     return str(Path(source).resolve()) if "://" not in source and source != DEMO and Path(source).is_dir() else source
 
 
 def needs_download(location: Path | str) -> bool:
-    """Whether a host must fetch the checkpoint whole before it can be read."""
+    """Whether a host must download the checkpoint before it can read it."""
     return str(location).startswith((DEMO_PLACE, HUB_SCHEME, MODELSCOPE_SCHEME))
 
 
 def download_if_needed(location: Path | str, *, weights: bool = True, report: Report = lambda _doing, _done: None) -> Path | str:
-    """What `model.checkpoint_folder` can open on this host: a location that `needs_download` is fetched into this host's cache (without
-    ``weights`` only what is small), others stay what they are.
+    """A location that `model.checkpoint_folder` can open on this host. If it `needs_download` it is downloaded into this host's cache
+    (without ``weights``, only the small files); other locations are returned unchanged.
 
     Raises:
-        ModelSourceError: it cannot be fetched.
+        ModelSourceError: the download failed.
     """
     if not needs_download(location):
         return location
@@ -164,7 +165,7 @@ def download_if_needed(location: Path | str, *, weights: bool = True, report: Re
 
 
 def _found(source: str, revision: str | None, kind: "Kind", report: Report) -> FoundModel:
-    """Under its own name."""
+    """Find one source, whose name for clients is its own name."""
     folder = Path(source).expanduser()
     if source == DEMO and kind is MODEL:
         return FoundModel(folder=_demo(report), name=DEMO)
@@ -180,7 +181,7 @@ def _found(source: str, revision: str | None, kind: "Kind", report: Report) -> F
 
 
 def _in_store(url: str, kind: "Kind") -> FoundModel:
-    """Only the small files are copied; the weights are read from the store by the ranks, each its own."""
+    """Copy only the small files; each rank reads its share of the weights from the store."""
     try:
         folder = small_files(url)
     except CheckpointError as error:
@@ -238,15 +239,15 @@ def _is_adapter(folder: Path, source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What is looked for at a source."""
+    """The kind of folder that is looked for: a checkpoint or an adapter."""
 
     called: str
     file: str
-    """Without which a folder is none."""
+    """The file that identifies a folder of this kind."""
     instead: Callable[[str], str]
-    """What would do, where there is no such folder."""
+    """Advice if there is no such folder."""
     other: Callable[[Path, str], str]
-    """What a folder is that is none; with what names it."""
+    """Explains what a folder without ``file`` is instead; called with the folder and the source."""
 
 
 MODEL = Kind(called="checkpoint", file="config.json", instead=_model_instead, other=_is_adapter)
@@ -254,7 +255,7 @@ ADAPTER = Kind(called="adapter", file=ADAPTER_CONFIG_FILE, instead=_adapter_inst
 
 
 def _meant(name: str) -> str:
-    """What was mistyped perhaps: the demo, or a repository of Qwen's without its owner."""
+    """A suggestion for a name that looks mistyped: the demo, or a Qwen repository without its owner."""
     from serve.planning.released_models import released_names
 
     known = {DEMO: DEMO, **{each.lower(): f"Qwen/{each}" for each in released_names()}}
@@ -272,7 +273,7 @@ def _demo(report: Report) -> Path:
 
 
 def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
-    """The hub's own progress bars show the download; what lies in its cache already is not fetched again."""
+    """Download from the Hugging Face hub, with its own progress bars. Files in its cache are not downloaded again."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -285,7 +286,7 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WAN
         raise ModelSourceError(
             f"the hub has no repository {repository}, or it is private: set HF_TOKEN to a token that may read it"
         ) from error
-    except Exception as error:  # LocalEntryNotFoundError, OSError; its HTTP library's errors have no base of the hub's
+    except Exception as error:  # LocalEntryNotFoundError, OSError, and errors of its HTTP library, which share no base class
         raise ModelSourceError(
             _not_kept(repository, "HF_HOME", error) or _unreachable("the Hugging Face hub", repository, error)
         ) from error
@@ -299,17 +300,17 @@ def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str
         raise ModelSourceError('models from ModelScope need its library: pip install "modelscope>=1.30"') from error
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
-    except HTTPError as error:  # as its library says that there is none, or that it may not be seen
+    except HTTPError as error:  # what the library raises if the repository does not exist or is private
         what = f"{repository} at revision {revision!r}" if revision else repository
         raise ModelSourceError(
             f"ModelScope has no {what}, or it is private: set MODELSCOPE_API_TOKEN to a token that may read it"
         ) from error
-    except Exception as error:  # no base class either
+    except Exception as error:  # its errors share no base class either
         raise ModelSourceError(_not_kept(repository, "MODELSCOPE_CACHE", error) or _unreachable("ModelScope", repository, error)) from error
 
 
 def _not_kept(repository: str, variable: str, error: BaseException | None) -> str | None:
-    """That it was this machine's disk. ``variable``: of the environment, names the folder of the cache. None: it was something else."""
+    """Message if the cause was this machine's disk, else None. ``variable``: environment variable that sets the cache folder."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or (error.errno in CLOSED and error.filename)):
             said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
@@ -319,7 +320,7 @@ def _not_kept(repository: str, variable: str, error: BaseException | None) -> st
 
 
 def _unreachable(hub: str, repository: str, error: Exception) -> str:
-    """With what the library says in the end: there are firewalls that answer in the hub's place."""
+    """Error message with the library's own error at the end: some firewalls answer in place of the hub."""
     reason = error.__cause__ or error
     said = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:200]}"
     mirror = "" if hub == "ModelScope" else "HF_ENDPOINT names a mirror, "

@@ -1,1 +1,1 @@
-"""`manta bench`: the engine alone, in this process, against the floor of this machine."""
+"""`manta bench`: benchmark the engine alone, in this process, and compare it with this machine's limits."""

@@ -1,4 +1,4 @@
-"""What this machine could do at best: read bandwidth and multiplication rate, measured in the same run."""
+"""Peak rates of this machine, measured in the same run: memory read bandwidth and matrix multiplication rate (the roofline's ceilings)."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from parallel.native.linear import Packed, multiply
 BUFFER_BYTES = 1 << 30
 MATRIX = 2048
 INPUTS = 1024
-"""Of the matrix that is read once."""
+"""Input features of the matrix for measuring read bandwidth."""
 REPEATS = 5
 
 
@@ -26,7 +26,7 @@ class Ceiling:
 
 
 def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> Ceiling:
-    """Best of a few runs, on a CPU with `threads` threads."""
+    """Best of a few runs; on a CPU with `threads` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -37,8 +37,8 @@ def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> C
 
 
 def _memory_rates(device: torch.device) -> tuple[float, float]:
-    """A sum reads each byte once and writes none, as does our own product with one row, which is faster on some CPUs; a copy reads and
-    writes it."""
+    """(read, copy) bandwidth in bytes/s. A sum reads each byte once and writes nothing, as does our own product with one row, which is
+    faster on some CPUs; a copy reads and writes each byte."""
     buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
     half = buffer.numel() // 2
     copied = BUFFER_BYTES / _best_seconds(lambda: buffer[half:].copy_(buffer[:half]), device)

@@ -1,4 +1,4 @@
-"""What deciding costs: the engine's own work for a step, with ranks that answer at once."""
+"""CPU time of the control plane per step: the engine's own work, with simulated ranks that answer immediately."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ STEPS = 200
 
 
 class InstantRanks:
-    """An executor whose every sequence gets a token, as ranks tell it. What that costs here is known, and no part of deciding."""
+    """An executor that gives every sequence a token at once. Its own CPU time is measured, so that it can be subtracted."""
 
     capacity = Capacity(num_blocks=SEQUENCES * 64, block_tokens=16, max_context_tokens=1024)
     spent_s = 0.0
@@ -41,7 +41,7 @@ class _Answered:
 
 
 def control_plane_s(sequences: int = SEQUENCES, steps: int = STEPS) -> float:
-    """Seconds of CPU that one step of so many decoding sequences takes this thread: the median, so that other programs count little."""
+    """CPU seconds of this thread per step with ``sequences`` decoding sequences. The median, so that other programs matter little."""
     ranks = InstantRanks()
     engine = Engine(ranks, EngineConfig(max_running=sequences, max_step_tokens=sequences * PROMPT_TOKENS))
     sampling = SamplingParams(temperature=0.0, max_tokens=steps + 8)

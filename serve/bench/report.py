@@ -1,4 +1,4 @@
-"""The figures of a bench beside the floors of the machine it ran on."""
+"""The figures of a benchmark, compared with the floors of the machine it ran on."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from serve.terminal import Column, ColumnTable
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
-    """What a step reads of the weights, at least, and what a token multiplies."""
+    """Weight bytes that a step reads at least, and multiply-adds per token."""
 
     per_step: int
-    """Bytes of all weights but the embedding's rows that no token of a step asks for."""
+    """Bytes of all weights, except embedding rows that no token of the step uses."""
     multiply_adds_per_prompt_token: int
     """Of a token after which nothing is sampled: without the head, and of the last layer only keys and values."""
     multiply_adds_per_token: int
@@ -27,7 +27,7 @@ class Figure:
 
     workload: Workload
     tokens_per_s: float
-    """Of the prompt for a workload with one token out, else of the output, prefill included."""
+    """Prompt tokens per second for a workload with one output token; otherwise output tokens per second, prefill included."""
     spread: float
     """(fastest - slowest) / median, over the rounds."""
     ttft_s: float
@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def of_floor(self) -> float:
-        """Fraction of what the machine could do at best."""
+        """Fraction of the machine's best possible speed that was reached."""
         return self.floor_s / self.elapsed_s
 
 
@@ -56,8 +56,8 @@ def summarise(workload: Workload, rounds: Sequence[Round], weights: WeightBytes,
 
 
 def floor_s(workload: Workload, weights: WeightBytes, ceiling: Ceiling) -> float:
-    """Seconds below which this machine cannot go: every step reads the weights or multiplies for all its tokens, whichever
-    takes longer. Attention, KV and everything between are not counted, so it is a floor and no forecast."""
+    """Lower bound in seconds on this machine: every step reads the weights or multiplies for all its tokens, whichever takes longer.
+    Attention, KV and everything else is not counted, so this is a bound, not a forecast."""
     read_s = weights.per_step / ceiling.read_bytes_per_s
     prompt_tokens = workload.shared_prefix + workload.streams * (workload.tokens_in - 1)
     step_flop = 2 * weights.multiply_adds_per_token * workload.streams
@@ -67,7 +67,7 @@ def floor_s(workload: Workload, weights: WeightBytes, ceiling: Ceiling) -> float
 
 
 def as_json(figures: Sequence[Figure]) -> list[dict[str, object]]:
-    """One object per workload, for programs."""
+    """One JSON object per workload."""
     return [
         {
             "name": figure.workload.name,

@@ -1,4 +1,4 @@
-"""How many weights a step reads and a token multiplies, from the model's shape alone."""
+"""Weights that a step reads and that a token is multiplied with, from the model's shape alone."""
 
 from model.config import ModelConfig
 from model.formats import Formats
@@ -7,7 +7,7 @@ from serve.bench.report import WeightBytes
 
 
 def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
-    """Of the whole model. A mixture of experts is counted with the experts of one token: a floor also for many."""
+    """For the whole model. Of a mixture of experts only the experts of one token are counted: a lower bound for any number of tokens."""
     attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     matrices = config.num_layers * attention + sum(_mlp_weights(config, layer) for layer in range(config.num_layers))
     table = config.vocab_size * config.hidden_size

@@ -1,4 +1,4 @@
-"""What is measured: closed-loop workloads of equal requests, token ids in, no stop but the length."""
+"""The workloads of `manta bench`: closed loop, identical request sizes, token ids as prompts, a fixed output length."""
 
 import random
 import statistics
@@ -14,24 +14,24 @@ from engine.request import Request, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One workload: `streams` requests at once, each `tokens_in` random ids and exactly `tokens_out` tokens out."""
+    """`streams` concurrent requests, each with `tokens_in` random prompt ids and exactly `tokens_out` output tokens."""
 
     name: str
     streams: int
     tokens_in: int
     tokens_out: int
     shared_prefix: int = 0
-    """Ids that all requests begin with, fresh in every round."""
+    """Number of ids that all prompts start with; drawn anew in every round."""
 
     def shortened(self, tokens_out: int) -> "Workload":
-        """The same workload with at most so many tokens out, and that in its name."""
+        """The same workload with at most ``tokens_out`` output tokens; the name says so."""
         if self.tokens_out <= tokens_out:
             return self
         name = self.name.replace(f"/{self.tokens_out}", f"/{tokens_out}")
         return replace(self, name=name, tokens_out=tokens_out)
 
     def prompts(self, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
-        """Ids drawn anew for each seed, so that no round finds another's prompt in the prefix cache."""
+        """Prompts drawn anew for each seed, so that no round hits another round's prompts in the prefix cache."""
         draw = random.Random(seed)  # noqa: S311  (a workload, not a secret)
         prefix = tuple(draw.randrange(vocab_size) for _ in range(self.shared_prefix))
         return [prefix + tuple(draw.randrange(vocab_size) for _ in range(self.tokens_in)) for _ in range(self.streams)]
@@ -49,20 +49,20 @@ WORKLOADS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One run of a workload."""
+    """Result of one run of a workload."""
 
     elapsed_s: float
     ttft_s: float
-    """Median over the requests, from the common start."""
+    """Median over the requests, from their common start."""
     itl_s: float
-    """Median gap between tokens of one request; 0 where a request has one token."""
+    """Median gap between tokens of one request; 0 if requests have one token."""
     prompt_tokens: int
     output_tokens: int
     steps: int
 
 
 def run_workload(engine: Engine, workload: Workload, *, vocab_size: int, seed: int, ids: Iterator[int] = count()) -> Round:  # noqa: B008  (one sequence of ids for the process)
-    """Submit all requests of a workload at once and turn the engine until the last has ended."""
+    """Submit all requests of a workload at once and run engine turns until the last one has finished."""
     prompts = workload.prompts(vocab_size, seed)
     sampling = SamplingParams(temperature=0.0, max_tokens=workload.tokens_out)
     first: dict[str, float] = {}
@@ -102,7 +102,7 @@ def run_workload(engine: Engine, workload: Workload, *, vocab_size: int, seed: i
 def run_rounds(
     engine: Engine, workload: Workload, *, vocab_size: int, rounds: int, after_round: Callable[[], None], warm_up: bool = True
 ) -> list[Round]:
-    """`rounds` measured rounds, with `warm_up` one unmeasured before."""
+    """`rounds` measured rounds; with `warm_up`, one unmeasured round first."""
     measured = []
     for index in range(0 if warm_up else 1, rounds + 1):
         result = run_workload(engine, workload, vocab_size=vocab_size, seed=zlib.crc32(f"{workload.name} {index}".encode()))

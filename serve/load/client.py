@@ -1,4 +1,4 @@
-"""Sends conversations to an OpenAI endpoint when their time has come, and notes when each token arrived."""
+"""Load generator: sends conversations to an OpenAI endpoint at their scheduled times and records when each token arrives."""
 
 import asyncio
 import json
@@ -22,13 +22,13 @@ REASONING = ("reasoning_content", "reasoning")
 
 @dataclass(kw_only=True)
 class Answer:
-    """What one request's client saw. Times are seconds since the load began."""
+    """One request as its client saw it. Times are seconds since the load started."""
 
     due_s: float
-    """When it was to be sent. Waiting is counted from here, so that a generator that falls behind hides nothing."""
+    """Scheduled time. Latency counts from here, so that delays of the generator itself are not hidden."""
     sent_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
-    """When each piece of text came."""
+    """Arrival time of each piece of text."""
     end_s: float = 0.0
     ending: Ending = "failed"
     error: str = ""
@@ -40,20 +40,20 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where to, and how."""
+    """The server to send to, and request options."""
 
     url: str
-    """Of the API: ends in /v1."""
+    """Base URL of the API; ends in /v1."""
     model: str
     api: Api = "chat"
     key: str | None = None
     extra: dict[str, object] = field(default_factory=dict)
-    """Goes into the body of every request."""
+    """Fields that are added to every request body."""
     timeout_s: float = 600.0
 
 
 async def run(target: Target, conversations: Sequence[Conversation], on_end: Callable[[Answer], None]) -> list[Answer]:
-    """All answers, in the order of the requests. ``on_end`` is told each when it ends."""
+    """Run all conversations. Returns the answers in order of the requests; calls ``on_end`` with each answer when it ends."""
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     began = time.perf_counter()
     limits = aiohttp.ClientTimeout(total=target.timeout_s)
@@ -71,7 +71,7 @@ async def find_model(url: str, key: str | None) -> str:
     """The first model that the endpoint lists.
 
     Raises:
-        ValueError: it cannot be reached, or lists none.
+        ValueError: the endpoint cannot be reached, or lists no model.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

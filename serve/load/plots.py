@@ -1,4 +1,4 @@
-"""The distributions behind the percentiles, as one picture. The only door to matplotlib."""
+"""Plot the latency distributions. The only module of serve/ that imports matplotlib."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,10 +11,10 @@ from serve.load.report import ttft_s
 
 
 def draw(answers: Sequence[Answer], title: str, path: Path) -> None:
-    """Writes a picture; the ending of ``path`` says of which kind.
+    """Write a plot; the suffix of ``path`` selects the format.
 
     Raises:
-        ValueError: matplotlib is not installed, or knows no such ending.
+        ValueError: matplotlib is not installed, or does not know the suffix.
     """
     try:
         import matplotlib
@@ -22,7 +22,7 @@ def draw(answers: Sequence[Answer], title: str, path: Path) -> None:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ValueError("plots want matplotlib: pip install matplotlib") from error
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
     begun = [answer for answer in answers if answer.token_s]
     series = {
         "to the first token": [ttft_s(answer) for answer in begun],

@@ -1,4 +1,4 @@
-"""From what clients saw to figures: waiting, gaps, throughput, and how many were served as promised."""
+"""Summarise what clients saw: latencies, gaps between tokens, throughput, and goodput (requests that met the objective)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +10,16 @@ from serve.load.client import Answer
 from serve.terminal import Column, ColumnTable
 
 PERCENTILES = (50, 90, 99, 100)
-"""The last is the most that was seen."""
+"""100 is the maximum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a request must keep to count as good (service level objective)."""
+    """Service level objective: the latencies within which a request counts as good."""
 
     ttft_s: float
     itl_s: float
-    """Its mean gap."""
+    """Mean gap between its tokens."""
 
     def met_by(self, answer: Answer) -> bool:
         if answer.ending != "done" or not answer.token_s:
@@ -30,7 +30,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Of one run; percentiles by name (``p50``), in seconds."""
+    """Summary of one run; percentiles by name (``p50``), in seconds."""
 
     requests: int
     done: int
@@ -43,20 +43,20 @@ class Summary:
     requests_per_s: float
     good: int
     goodput_per_s: float
-    """Requests per second that kept the objective."""
+    """Requests per second that met the objective."""
     late_s: float
-    """The most that this generator was behind its own plan: above some milliseconds it measured itself."""
+    """Maximum delay of the load generator behind its own schedule. More than a few milliseconds distort the figures."""
     ttft_s: dict[str, float]
     itl_s: dict[str, float]
-    """Over all gaps of all requests."""
+    """Percentiles of all gaps of all requests."""
     pause_s: dict[str, float]
-    """Over the longest gap of each request: what a reader notices, and percentiles of all gaps hide."""
+    """Percentiles of each request's longest gap: users notice it, but percentiles of all gaps hide it."""
     e2e_s: dict[str, float]
     errors: dict[str, int]
 
 
 def ttft_s(answer: Answer) -> float:
-    """From when it was due, whenever it was sent."""
+    """Time to the first token, from the scheduled time."""
     return answer.token_s[0] - answer.due_s
 
 
@@ -96,7 +96,7 @@ def summarise(answers: Sequence[Answer], objective: Objective) -> Summary:
 
 
 def as_json(summary: Summary, answers: Sequence[Answer]) -> dict[str, object]:
-    """The figures, and each request's times for whoever wants others."""
+    """The summary, and the times of each request for further analysis."""
     requests = [{name: value for name, value in asdict(answer).items() if name != "text"} for answer in answers]
     return {"summary": asdict(summary), "requests": requests}
 
@@ -124,7 +124,7 @@ def lines_of(summary: Summary, objective: Objective) -> list[str]:
         f"and {objective.itl_s:g} s between tokens",
     ]
     if summary.late_s > 0.05:
-        lines.append(f"this generator was up to {summary.late_s:.2f} s behind its own plan (counted as waiting): it has too little CPU")
+        lines.append(f"the load generator was up to {summary.late_s:.2f} s behind schedule (counted as latency): it has too little CPU")
     return lines + [f"{count} failed: {error}" for error, count in sorted(summary.errors.items(), key=lambda item: -item[1])[:5]]
 
 

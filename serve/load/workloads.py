@@ -1,6 +1,7 @@
-"""What is asked and when: functions of a seed, decided before anything is sent, so that a slow server is not asked less.
+"""The workloads of `manta bench serve`: prompts and arrival times as functions of a seed, fixed before anything is sent, so that a slow
+server does not get less load.
 
-Lengths are in tokens of an imagined tokenizer that has every common word whole; what a server counted is read from its usage.
+Lengths count one token per word; the server's usage says how many tokens there really were.
 """
 
 import random
@@ -19,19 +20,19 @@ WORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One request: what the user says and how much may be answered."""
+    """One request: the user's message and the maximum length of the answer."""
 
     prompt: str
     max_tokens: int
     extra: dict[str, object] = field(default_factory=dict)
-    """More fields of the request's body."""
+    """Further fields of the request body."""
     cancel_after_tokens: int | None = None
-    """The client goes away after so many."""
+    """The client disconnects after this many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Turns of one user, each asked when the one before is answered; the first at ``at_s``, whatever the server does."""
+    """Turns of one user, each sent when the previous one is answered; the first at ``at_s``, however slow the server is."""
 
     at_s: float
     turns: tuple[Turn, ...]
@@ -39,13 +40,13 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How much of a workload is made."""
+    """Size and rate of a workload."""
 
     requests: int
     rate: float
-    """Arrivals per second on average."""
+    """Mean arrivals per second."""
     scale: float = 1.0
-    """Of all lengths in tokens."""
+    """Factor for all lengths in tokens."""
     seed: int = 0
 
 
@@ -56,7 +57,7 @@ class Workload:
     make: Callable[[Shape], Iterator[Conversation]]
 
     def conversations(self, shape: Shape) -> list[Conversation]:
-        """The first ``shape.requests`` of them, by time."""
+        """The first ``shape.requests`` conversations, by time."""
         return list(islice(self.make(shape), shape.requests))
 
 
@@ -65,7 +66,7 @@ def text(draw: random.Random, tokens: int) -> str:
 
 
 class _Maker:
-    """One seed's draws."""
+    """Random draws for one seed."""
 
     def __init__(self, shape: Shape, name: str) -> None:
         self.shape = shape
@@ -77,13 +78,13 @@ class _Maker:
         return Turn(prompt=prompt, max_tokens=max(1, round(tokens_out * scale)), **more)  # type: ignore[arg-type]
 
     def arrivals(self, variation: float = 1.0) -> Iterator[float]:
-        """Times whose gaps are gamma distributed with this coefficient of variation: 1 is Poisson, above come bursts."""
+        """Arrival times with gamma-distributed gaps of this coefficient of variation: 1 is Poisson, more gives bursts."""
         form = 1 / variation**2
         gaps = iter(lambda: self.draw.gammavariate(form, 1 / (form * self.shape.rate)), None)
         return accumulate(gaps)
 
     def chat_lengths(self) -> tuple[float, float]:
-        """As people ask and are answered: lognormal with means 215 and 198."""
+        """(prompt, answer) lengths as in chat traffic: lognormal with means 215 and 198."""
         return tuple(min(4096.0, mean * self.draw.lognormvariate(-(sigma**2) / 2, sigma)) for mean, sigma in ((215, 1.0), (198, 0.8)))  # type: ignore[return-value]
 
 
@@ -117,7 +118,7 @@ def _grid(shape: Shape) -> Iterator[Conversation]:
 
 
 def _shared_prefix(shape: Shape) -> Iterator[Conversation]:
-    """Of ten requests five and four have a prefix of 2,000 tokens that came before, and one has a new one."""
+    """Nine of ten requests reuse one of the last eight prefixes of 2,000 tokens; one of ten starts a new prefix."""
     make = _Maker(shape, "W5")
     prefixes = [text(make.draw, round(2_000 * shape.scale)) + " "]
 
@@ -178,11 +179,11 @@ WORKLOADS = {
         Workload(name="W2", about="all at once: 100-1,024 in and out, uniform", make=_uniform),
         Workload(name="W3", about="chat: lognormal, 215 in, 198 out, Poisson arrivals", make=_chat),
         Workload(name="W4", about="a grid: 128/128, 128/2048, 1000/1000, 2048/128, 5000/500", make=_grid),
-        Workload(name="W5", about="shared prefixes of 2,000 tokens plus 128, nine of ten known", make=_shared_prefix),
-        Workload(name="W6", about="W3 with every tenth prompt 8,000 long: what others wait", make=_long_among_short),
+        Workload(name="W5", about="shared prefixes of 2,000 tokens plus 128, nine of ten reused", make=_shared_prefix),
+        Workload(name="W6", about="W3 with every tenth prompt 8,000 tokens long", make=_long_among_short),
         Workload(name="W7", about="W3 in bursts (gaps gamma distributed, cv 4)", make=_bursts),
         Workload(name="W8", about="conversations of 2 to 6 turns, history sent along", make=_many_turns),
-        Workload(name="W9", about="answers in JSON after a schema", make=_json),
-        Workload(name="W10", about="W3, and one in five clients goes away", make=_cancelled),
+        Workload(name="W9", about="answers in JSON that follow a schema", make=_json),
+        Workload(name="W10", about="W3, and one in five clients disconnects", make=_cancelled),
     )
 }

@@ -1,1 +1,1 @@
-"""Which layouts a model can have on given GPUs, what each holds and how fast it could be. Pure arithmetic: no torch, no GPU."""
+"""Plan the parallel layouts of a model on given GPUs: what fits, and how fast it could be. Pure arithmetic: no torch, no GPU."""

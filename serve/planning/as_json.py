@@ -1,4 +1,4 @@
-"""A plan for programs."""
+"""A plan as JSON."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from serve.planning.plan import Layout, Plan
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All of it: every rank of every layout, every refusal. Sizes in bytes, times in seconds; floors are null without a known speed."""
+    """Every rank of every layout, and every refusal. Sizes in bytes, times in seconds; floors are null if the GPU's speed is unknown."""
     inputs = plan.inputs
     work, fleet = inputs.workload, inputs.fleet
     return {

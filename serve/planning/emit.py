@@ -1,4 +1,4 @@
-"""A layout as settings: a file for `manta serve -c`, or values for the Helm chart."""
+"""Write a layout as settings: a file for `manta serve -c`, or values for the Helm chart."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ CLUSTER = """\
 
 
 def config_yaml(layout: Layout, inputs: PlanInputs) -> str:
-    """Settings of `manta serve` (sections as in `serve.config.ServeConfig`)."""
+    """A settings file for `manta serve` (sections as in `serve.config.ServeConfig`)."""
     tree = {
         "model": {"source": inputs.shape.name},
         "parallel": _parallel(layout),
@@ -29,7 +29,7 @@ def config_yaml(layout: Layout, inputs: PlanInputs) -> str:
 
 
 def helm_yaml(layout: Layout, inputs: PlanInputs) -> str:
-    """Values of the chart: the model, and the worker group with its GPUs."""
+    """Values for the Helm chart: the model, and a worker group with its GPUs."""
     replicas, group = layout.placement.replicas, _label(inputs.fleet.gpu.name, "gpu")
     model = {
         "name": _label(inputs.shape.name.rstrip("/").rsplit("/", 1)[-1], "model"),
@@ -55,7 +55,7 @@ def _parallel(layout: Layout) -> dict[str, int]:
 
 
 def _settings(layout: Layout, inputs: PlanInputs) -> dict[str, Any]:
-    """What the memory was planned with. A quantised checkpoint says itself what it is stored in."""
+    """The settings that the memory plan assumes. A quantised checkpoint needs none for its format."""
     quantize = inputs.format.quantize
     return {
         "engine": {
@@ -76,7 +76,7 @@ def _settings(layout: Layout, inputs: PlanInputs) -> dict[str, Any]:
 
 
 def _hosts(layout: Layout) -> dict[str, Any]:
-    """The ranks of a replica on as many hosts as planned, so many on each."""
+    """Settings that spread a replica's ranks over hosts as planned."""
     if layout.placement.hosts_per_replica == 1:
         return {"one_host": True}
     return {"one_host": False, "ranks_per_host": layout.placement.gpus_per_host}
@@ -97,11 +97,11 @@ def _yaml(tree: dict[str, Any]) -> str:
 
 
 def _source(name: str) -> str:
-    """A released size from the hub; whatever else was planned from lies where it was said to lie."""
+    """Released models come from the Hugging Face hub; any other source stays as it was given."""
     return f"hf://{name}" if NAME.fullmatch(name) and "://" not in name else name
 
 
 def _label(text: str, prefix: str) -> str:
-    """A name that Kubernetes takes: lower case, begins with a letter (RFC 1035)."""
+    """A valid Kubernetes name: lower case, starts with a letter (RFC 1035)."""
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return label[:63].rstrip("-") if label[:1].isalpha() else f"{prefix}-{label}"[:63].rstrip("-")

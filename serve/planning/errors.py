@@ -1,4 +1,4 @@
-"""What makes a plan impossible to begin with."""
+"""The error of invalid inputs of a plan."""
 
 
 class PlanError(ValueError):

@@ -1,11 +1,11 @@
-"""The least time that a layout can take, from bytes and arithmetic alone. No server reaches a floor; none goes below it.
+"""Lower bounds ("floors") for the time of a layout, from bytes and FLOPs alone. Real servers are slower; none can be faster.
 
-Every weight that a step needs is read once, KV once per sequence, each product computed once:
+Each weight that a step needs is read once, KV is read once per sequence, and each product is computed once:
 
-    decode   t = max((weights read + sequences x context x KV) / bandwidth, products / FLOP/s) + all-reduces
-    prefill  the same with a chunk's tokens, and 2 L H d T^2 products of attention
+    decode   t = max((weight bytes + sequences x context x KV bytes) / bandwidth, products / (FLOP/s)) + all-reduces
+    prefill  the same with the tokens of a chunk, plus 2 L H d T^2 products of attention
 
-each for the slowest rank of a stage; stages overlap as far as there are steps to fill them.
+for the slowest rank of a stage. Pipeline stages overlap as far as there are steps to fill them.
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from serve.planning.weights import count_sparse, heads_of, layers_of
 
 @dataclass(frozen=True, kw_only=True)
 class Floors:
-    """Of one replica."""
+    """The floors of one replica."""
 
     token_s: float
-    """Between two tokens of a stream, all running sequences at their full context."""
+    """Seconds between two tokens of a stream, with all running sequences at full context."""
     tokens_per_s: float
-    """Of all running sequences together."""
+    """Throughput of all running sequences together."""
     first_token_s: float
-    """Of a prompt as long as the context, alone."""
+    """Time to the first token of a prompt as long as the context, with nothing else running."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """One replica, as far as its speed depends on it."""
+    """What the speed of a replica depends on."""
 
     shape: ModelShape
     format: Format
@@ -41,7 +41,7 @@ class Replica:
     ranks: Sequence[RankMemory]
     speed: Speed
     stage_link: Link
-    """Between the ranks of a stage."""
+    """Link between the ranks of a stage."""
     next_stage_link: Link
 
     @property
@@ -50,19 +50,19 @@ class Replica:
 
     @property
     def routed_fraction(self) -> float:
-        """Of the routed experts' weights, what one token is multiplied with."""
+        """Fraction of the routed experts' weights that one token is multiplied with."""
         moe = self.shape.moe
         return moe.experts_per_token / moe.num_experts if moe else 0.0
 
 
 def floors(replica: Replica, workload: Workload, running: int) -> Floors:
-    """``running``: sequences that decode at the same time."""
+    """The floors with ``running`` sequences decoding concurrently."""
     token_s = _token_s(replica, workload, running)
     return Floors(token_s=token_s, tokens_per_s=running / token_s, first_token_s=_first_token_s(replica, workload))
 
 
 def _token_s(replica: Replica, workload: Workload, running: int) -> float:
-    """With as many steps in flight as stages, each of its part of the sequences; fewer sequences than stages leave stages idle."""
+    """There are as many steps in flight as stages, each with its part of the sequences. With fewer sequences than stages, stages idle."""
     stages = replica.topology.pp
     together = -(-running // stages)
     times = [_decode_stage_s(replica, stage, together, workload.context_tokens) for stage in range(stages)]
@@ -76,7 +76,7 @@ def _decode_stage_s(replica: Replica, stage: int, sequences: int, context: int) 
 
 
 def _decode_rank_s(replica: Replica, rank: RankMemory, sequences: int, mine: int, context: int) -> float:
-    """``mine`` of the ``sequences`` are this rank's own; its experts serve all of them."""
+    """``mine`` of the ``sequences`` belong to this rank's dp position; its experts serve all of them."""
     read = _read_bytes(replica, rank, sequences) + mine * context * rank.kv_bytes_per_token
     weights = rank.weights
     products = (weights.every_token.weights + weights.head.weights) * mine + weights.routed.weights * replica.routed_fraction * sequences
@@ -84,7 +84,7 @@ def _decode_rank_s(replica: Replica, rank: RankMemory, sequences: int, mine: int
 
 
 def _first_token_s(replica: Replica, workload: Workload) -> float:
-    """The prompt passes the stages in chunks; while one stage computes a chunk, the one before has the next."""
+    """The prompt passes the stages in chunks; while one stage computes a chunk, the previous stage computes the next chunk."""
     prompt = workload.context_tokens
     chunks = -(-prompt // workload.step_tokens)
     each = [_prefill_stage_s(replica, stage, prompt, chunks) / chunks for stage in range(replica.topology.pp)]
@@ -92,7 +92,7 @@ def _first_token_s(replica: Replica, workload: Workload) -> float:
 
 
 def _prefill_stage_s(replica: Replica, stage: int, prompt: int, chunks: int) -> float:
-    """All chunks of a prompt on one stage."""
+    """Time of all chunks of a prompt on one stage."""
     slowest = max(_prefill_rank_s(replica, place, prompt, chunks) for place in _places_of(replica, stage))
     chunk = prompt / chunks
     return slowest + chunks * _exchange_s(replica, stage, chunk, chunk)
@@ -110,14 +110,15 @@ def _prefill_rank_s(replica: Replica, place: int, prompt: int, chunks: int) -> f
 
 
 def _read_bytes(replica: Replica, rank: RankMemory, tokens: float) -> float:
-    """Weights that a step of so many tokens reads; rows of the embedding are too few to count."""
+    """Weight bytes that a step of ``tokens`` tokens reads. The few embedding rows are not counted."""
     moe = replica.shape.moe
     used = moe.distinct_experts(tokens) / moe.num_experts if moe else 0.0
     return rank.weights.every_token.num_bytes + rank.weights.head.num_bytes + rank.weights.routed.num_bytes * used
 
 
 def _exchange_s(replica: Replica, stage: int, mine: float, all_tokens: float) -> float:
-    """Two sums over tp per layer; in sparse layers of a stage with dp also one over the stage; then on to the next stage."""
+    """Communication time: two all-reduces over tp per layer; with dp, one over the stage per sparse layer; then the send to the next
+    stage."""
     shape, topology = replica.shape, replica.topology
     layers = layers_of(shape, topology, topology.coordinates(_places_of(replica, stage)[0]))
     hidden_bytes = shape.hidden_size * ACTIVATION_BYTES

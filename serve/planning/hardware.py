@@ -1,4 +1,4 @@
-"""The GPUs that people have: memory, speed and links. Figures of the makers' data sheets, dense (not sparse) rates."""
+"""Known GPUs: memory, speed and links. Figures are from the makers' data sheets; rates are dense (not sparse)."""
 
 import re
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from serve.planning.errors import PlanError
 from serve.planning.memory import GIB
 
 READ_FRACTION = 4.6 / 4.8
-"""Of a data sheet's memory bandwidth, what a kernel that only reads can reach."""
+"""Fraction of a data sheet's memory bandwidth that a read-only kernel can reach."""
 MATRIX_FRACTION = 780 / 989
-"""Of a data sheet's matrix rate, what a large multiplication can reach before power limits it."""
+"""Fraction of a data sheet's matrix rate that a large matrix product can reach within the power limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """Between ranks: bytes a second in one direction, and what the smallest message takes."""
+    """A link between ranks: bandwidth in one direction, and latency of the smallest message."""
 
     bytes_per_s: float
     latency_s: float
@@ -25,12 +25,12 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What one GPU can reach, and its link to those of the same host."""
+    """Achievable rates of one GPU, and its link to other GPUs of the host."""
 
     read_bytes_per_s: float
     bf16_flops: float
     fp8_flops: float
-    """As bf16 where the matrix units do not multiply fp8."""
+    """The bf16 rate if the matrix units do not multiply fp8."""
     link: Link
 
 
@@ -39,7 +39,7 @@ class Gpu:
     name: str
     memory_bytes: int
     speed: Speed | None
-    """None: only the memory is known, so no floors can be told."""
+    """None: only the memory size is known, so floors cannot be given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Fleet:
 
 
 def network(gbit_per_s: float) -> Link:
-    """Between hosts, for each GPU."""
+    """The network link between hosts; bandwidth per GPU."""
     return Link(bytes_per_s=gbit_per_s / 8 * 1e9, latency_s=15e-6)
 
 
@@ -83,7 +83,7 @@ def _speed(read_gb_per_s: float, bf16: float, fp8: float | None, link: Link) -> 
 
 
 def _gpu(name: str, gib: float, read_gb_per_s: float, bf16: float, fp8: float | None, link: Link) -> Gpu:
-    """``gib`` as the driver reports it to a program."""
+    """``gib``: memory as the driver reports it to programs."""
     return Gpu(name=name, memory_bytes=int(gib * GIB), speed=_speed(read_gb_per_s, bf16, fp8, link))
 
 
@@ -104,17 +104,17 @@ GPUS = {
     )
 }
 TYPICAL_SPEED = _speed(2_039, 312, None, _nvlink(300))
-"""Of an A100. Stands in to rank layouts, never to tell a floor, where only the memory is known."""
+"""Speed of an A100. Used to rank layouts of GPUs whose speed is unknown, never to report a floor."""
 
 COUNT = re.compile(r"(?:(?P<count>\d+)\s*[x*]\s*)?(?P<kind>[A-Za-z0-9.-]+)", re.IGNORECASE)
 PLAIN_MEMORY = re.compile(r"(?P<gb>\d+(?:\.\d+)?)GB?", re.IGNORECASE)
 
 
 def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """``8xH100-80G``, ``8xH100``, ``A100-40G``, or a plain memory size of 10^9 bytes each: ``4x24G``.
+    """Parse ``8xH100-80G``, ``8xH100``, ``A100-40G``, or a plain memory size in 10^9 bytes: ``4x24G``. Returns (count, GPU).
 
     Raises:
-        PlanError: no such count, GPU or size.
+        PlanError: invalid count, GPU or memory size.
     """
     found = COUNT.fullmatch(text.strip())
     if found is None:

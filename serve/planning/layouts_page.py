@@ -1,4 +1,4 @@
-"""docs/layouts.md: the released sizes on common numbers of common GPUs."""
+"""Generate docs/layouts.md: the best layouts of released models on common GPU counts and memory sizes."""
 
 import textwrap
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def layouts_page() -> str:
 
 
 def _title(size: str) -> str:
-    """Every release that has this shape and takes so long a context."""
+    """All releases of this size that support the page's context length."""
     return ", ".join(f"{family}-{size}" for family, sizes in FAMILIES.items() if sizes.get(size, 0) >= WORKLOAD.context_tokens)
 
 

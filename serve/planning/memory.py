@@ -1,4 +1,4 @@
-"""What fills a rank's GPU: weights, KV, the activations of the heaviest step, and what is kept free."""
+"""Memory of a rank's GPU: weights, KV, activations of the heaviest step, and a reserve."""
 
 from dataclasses import dataclass
 
@@ -10,34 +10,34 @@ from serve.planning.weights import RankWeights, count_sparse, heads_of, layers_o
 
 GIB = 2**30
 USABLE_FRACTION = 0.9
-"""Of a GPU's memory, as `engine.run.memory.CUDA_FRACTION`: the allocator cannot use the last bit of it."""
+"""Fraction of a GPU's memory that is used, like `engine.run.memory.CUDA_FRACTION`: the allocator cannot use all of it."""
 RUNTIME_BYTES = GIB // 2
-"""A CUDA context with its kernels and libraries. An assumption: it differs by driver."""
+"""CUDA context with kernels and libraries. An assumption: it depends on the driver."""
 COMMUNICATOR_BYTES = GIB // 2
-"""Buffers of NCCL, where a replica has several ranks. An assumption too."""
+"""NCCL buffers, if a replica has several ranks. Also an assumption."""
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 SAMPLING_PIECE = 2**23
-"""Probabilities that `engine.run.sampling.filters` holds in float64 at a time."""
+"""Number of probabilities that `engine.run.sampling.filters` holds in float64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What the replicas together have to do."""
+    """The workload of all replicas together."""
 
     context_tokens: int
-    """Prompt and answer of one sequence together."""
+    """Tokens per sequence, prompt plus answer."""
     concurrency: int
-    """Sequences at the same time."""
+    """Concurrent sequences."""
     step_tokens: int
-    """Tokens of one step at most, on each dp position (`engine.max_step_tokens`)."""
+    """Maximum tokens per step, on each dp position (`engine.max_step_tokens`)."""
     block_tokens: int = 16
     kv_element_bytes: int = ACTIVATION_BYTES
-    """Of a key's or value's number where it is held (`runner.kv_dtype`)."""
+    """Bytes per element of the KV cache (`runner.kv_dtype`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """One rank's GPU, in bytes. What weights, activations and reserve leave is for KV."""
+    """Memory of one rank's GPU, in bytes. What weights, activations and reserve leave is for KV."""
 
     weights: RankWeights
     activation_bytes: int
@@ -55,12 +55,12 @@ class RankMemory:
 
     @property
     def held_kv_bytes_per_token(self) -> int:
-        """Of the model and of the draft model."""
+        """KV bytes per token, of the model and of the draft model."""
         return self.kv_bytes_per_token + self.draft_kv_bytes_per_token
 
     @property
     def kv_budget_bytes(self) -> int:
-        """Below zero: so much is missing."""
+        """Bytes left for KV; negative if memory is missing."""
         return self.gpu_bytes - self.reserve_bytes - self.activation_bytes - self.held_weights_bytes
 
     def kv_tokens(self, block_tokens: int) -> int:
@@ -80,10 +80,10 @@ def memory_of_rank(
     redundant_experts: int = 0,
     draft: ModelShape | None = None,
 ) -> RankMemory:
-    """``running``: sequences that this rank's replica runs at the same time. All of them count on each dp position, as
-    in the step by which the engine measures at its start (`engine.run.warm_up.full_step`).
+    """``running``: concurrent sequences of the replica. All of them count on each dp position, as in the step by which the engine
+    measures its memory at the start (`engine.run.warm_up.full_step`).
 
-    The ``draft`` model lies whole on the ranks that sample (`engine.run.runner.sampling_ranks`)."""
+    The ranks that sample hold all of the ``draft`` model (`engine.run.runner.sampling_ranks`)."""
     rows = min(running, workload.step_tokens)
     at = topology.coordinates(rank)
     here = draft if at.tp == 0 and at.pp == topology.pp - 1 else None
@@ -100,16 +100,16 @@ def memory_of_rank(
 
 
 def kv_bytes_per_token(shape: ModelShape, topology: Topology, at: Coordinates, element_bytes: int = ACTIVATION_BYTES) -> int:
-    """Keys and values of the rank's layers and KV heads; as `model.kv_cache.KvLayout` counts a block."""
+    """KV bytes per token of the rank's layers and KV heads, as `model.kv_cache.KvLayout` counts them."""
     heads = heads_of(shape, topology, at)
     return 2 * len(layers_of(shape, topology, at)) * len(heads.kv) * shape.head_dim * element_bytes
 
 
 def activation_bytes(shape: ModelShape, topology: Topology, at: Coordinates, *, tokens: int, rows: int) -> int:
-    """The most that one step holds beside weights and KV: the residual stream and the hungriest part of a layer or of the end.
+    """Peak memory of a step besides weights and KV: the residual stream plus the largest part of a layer or of the sampling.
 
-    ``tokens`` pass the layers, ``rows`` of them get logits. Counted from the tensors that are alive together in
-    `model/` and `engine/run/sampling`; an attention kernel's own workspace is not known here.
+    ``tokens`` pass the layers, ``rows`` of them get logits. Counted from the tensors that are alive at the same time in `model/` and
+    `engine/run/sampling`; workspaces of attention kernels are not included.
     """
     parts = [_norm(shape, tokens), _attention(shape, topology, at, tokens)]
     layers = layers_of(shape, topology, at)
@@ -125,7 +125,7 @@ def activation_bytes(shape: ModelShape, topology: Topology, at: Coordinates, *, 
 
 
 def _norm(shape: ModelShape, tokens: int) -> int:
-    """What is to be added to the stream, the sum, its float32 copy, the square or product of that, and the result."""
+    """The addend, the sum, its float32 copy, the square or product of that, and the result."""
     return tokens * shape.hidden_size * (2 * FLOAT32_BYTES + 3 * ACTIVATION_BYTES)
 
 
@@ -144,10 +144,10 @@ def _mlp(hidden_size: int, inner_size: int, topology: Topology, at: Coordinates,
 
 
 def _routed(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, tokens: int) -> int:
-    """Input and output; either the rows gathered for the experts here and their outputs, in parts and as one, or these outputs, put
-    back into order, and weighted; their sum in float32 and rounded.
+    """Input and output; then the larger of: the rows gathered for this rank's experts with their outputs (in parts and concatenated), or
+    these outputs, reordered and weighted; and the sum in float32 and rounded.
 
-    A stage with dp sees the tokens of all its ranks; the rows of an expert held elsewhere are not gathered.
+    With dp, a stage sees the tokens of all its ranks; rows for experts on other ranks are not gathered.
     """
     assigned = tokens * topology.dp * moe.experts_per_token
     here = assigned * len(split(moe.num_experts, at.ep, topology.ep)) // moe.num_experts
@@ -156,7 +156,7 @@ def _routed(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates
 
 
 def _logits(shape: ModelShape, topology: Topology, at: Coordinates, rows: int) -> int:
-    """A rank's own logits and, gathered, those of all. Where tokens are sampled: a float32 copy, and weights of a bounded piece."""
+    """A rank's own logits and the gathered logits of all ranks; on ranks that sample also a float32 copy and probabilities of one piece."""
     own = len(split(shape.vocab_size, at.tp, topology.tp)) if topology.tp > 1 else 0
     logits = rows * shape.vocab_size
     num_bytes = (rows * own + logits) * ACTIVATION_BYTES

@@ -1,6 +1,6 @@
-"""Which hosts the ranks of a replica stand on: a tp group within one host, a stage in as few as it can, stages over hosts.
+"""Place the ranks of a replica on hosts: a tp group within one host, a stage on as few hosts as possible, stages across hosts.
 
-Where a replica spans hosts, all of them hold the same number of its ranks, as the pods of one worker group do.
+If a replica spans hosts, each of them holds the same number of its ranks, like the pods of one worker group.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from serve.planning.hardware import Fleet
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How one replica lies on hosts, and how many replicas the fleet then has."""
+    """How one replica is placed on hosts, and how many replicas fit on the fleet."""
 
     hosts_per_replica: int
     gpus_per_host: int
-    """Of one replica on each of its hosts."""
+    """GPUs of one replica on each of its hosts."""
     replicas: int
     stage_spans_hosts: bool
-    """Ranks of one stage stand on several hosts: experts then exchange tokens over the network."""
+    """Whether ranks of one stage are on several hosts; experts then exchange tokens over the network."""
 
 
 def place_replica(topology: Topology, fleet: Fleet) -> Placement | None:
-    """None where a tp group is larger than a host, a replica larger than the fleet, or hosts would be filled unevenly."""
+    """None if a tp group exceeds a host, a replica exceeds the fleet, or hosts would hold different numbers of ranks."""
     per_host = fleet.gpus_per_host
     if topology.size <= per_host:
         replicas = per_host // topology.size * fleet.hosts
@@ -44,7 +44,7 @@ def place_replica(topology: Topology, fleet: Fleet) -> Placement | None:
 
 
 def _per_host(topology: Topology, gpus: int) -> tuple[int, int]:
-    """How many stages, and how many of a stage's tp groups, one host takes: whole stages where one fits.
+    """(stages, tp groups of a stage) per host; whole stages if one fits.
 
     8 GPUs, tp=2 pp=4 dp=2:  2 stages of 2 groups        8 GPUs, tp=4 dp=4:  1 stage, of which 2 groups
     """

@@ -1,4 +1,4 @@
-"""All layouts of a model on a fleet: the valid ones in order, the others with their reasons."""
+"""All layouts of a model on a fleet: the valid ones, best first, and the invalid ones with the reason."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,46 +15,46 @@ from serve.planning.serving_limits import ServingLimit, serving_limits
 from serve.planning.shape import ModelShape
 
 ORDER = (
-    "Ranked by: whether every sequence asked for has room at its full context; then the floor of tokens/s of all replicas; "
-    "then the floor of the time to the first token; then fewer ranks per replica, of which less is lost with one of them; "
+    "Ranked by: whether all requested sequences fit at full context; then tokens/s of all replicas at best; "
+    "then time to the first token at best; then fewer ranks per replica, so that losing one costs less; "
     "then room for more tokens."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """What is to be planned."""
+    """The inputs of a plan."""
 
     shape: ModelShape
     fleet: Fleet
     format: Format
     workload: Workload
     redundant_experts: int = 0
-    """Of each layer on each ep position (`runner.redundant_experts`)."""
+    """Extra experts per layer on each ep position (`runner.redundant_experts`)."""
     draft: ModelShape | None = None
-    """Of a draft model (`runner.draft_model`)."""
+    """Shape of the draft model (`runner.draft_model`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to lay the model on the fleet."""
+    """One valid layout of the model on the fleet."""
 
     topology: Topology
     placement: Placement
     ranks: tuple[RankMemory, ...]
     kv_tokens: int
-    """That one replica holds."""
+    """Tokens of KV that one replica holds."""
     running: int
-    """Sequences asked of one replica."""
+    """Requested concurrent sequences per replica."""
     at_full_context: int
-    """Sequences that one replica holds at full context at the same time, if so many are asked for."""
+    """Sequences that fit into one replica at full context, at most ``running``."""
     floors: Floors
     limits: tuple[ServingLimit, ...]
-    """Why `manta serve` does not take it today."""
+    """Why `manta serve` does not support it today; empty if it does."""
 
     @property
     def fullest(self) -> RankMemory:
-        """The rank that has room for the fewest tokens."""
+        """The rank with room for the fewest tokens."""
         return min(self.ranks, key=lambda rank: rank.kv_budget_bytes / rank.held_kv_bytes_per_token)
 
     @property
@@ -84,23 +84,24 @@ class RefusedLayout:
 class Plan:
     inputs: PlanInputs
     layouts: tuple[Layout, ...]
-    """Best first, in the order that `ORDER` tells."""
+    """Best first, in the order that `ORDER` describes."""
     refused: tuple[RefusedLayout, ...]
 
     @property
     def has_floors(self) -> bool:
-        """Whether the fleet's speed is known. Else floors are those of a typical GPU: good for the order, not to be told."""
+        """Whether the GPU's speed is known. Otherwise floors are those of a typical GPU, usable for ranking but not to be reported."""
         return self.inputs.fleet.gpu.speed is not None
 
     def first_served(self) -> Layout | None:
-        """The best of what `manta serve` takes today."""
+        """The best layout that `manta serve` supports today."""
         return next((layout for layout in self.layouts if layout.is_served_today), None)
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
-    """
+    """Plan all layouts.
+
     Raises:
-        PlanError: the model does not take so long a context, or has no experts to hold twice.
+        PlanError: the context exceeds the model's limit, or redundant experts are requested for a dense model.
     """
     if inputs.redundant_experts and inputs.shape.moe is None:
         raise PlanError(f"{inputs.shape.name} has no experts to be held more than once; leave out --redundant-experts")
@@ -122,9 +123,9 @@ def make_plan(inputs: PlanInputs) -> Plan:
 
 
 def axis_sizes(num_gpus: int, *, has_experts: bool) -> Iterator[dict[str, int]]:
-    """All sizes of a replica on so many GPUs or fewer, the impossible with the possible, so that each gets its answer.
+    """All axis sizes of a replica on at most ``num_gpus`` GPUs, including invalid ones, so that each gets a reason.
 
-    For ep the divisors of tp x dp, and of the others the nearest wrong one; a dense model is asked once with ep=2.
+    For ep: the divisors of tp x dp and the smallest non-divisor; for a dense model, at most ep=2 in addition to 1.
     """
     for tp in range(1, num_gpus + 1):
         for dp in range(1, num_gpus // tp + 1):
@@ -196,6 +197,6 @@ def _replica(inputs: PlanInputs, topology: Topology, hosts: Placement, ranks: li
 
 
 def _order(layout: Layout) -> tuple[bool, float, float, int, int]:
-    """See `ORDER`. Floors are rounded, so that differences far below what they can tell do not decide."""
+    """Sort key, see `ORDER`. Floors are rounded so that differences far below their accuracy do not decide."""
     tokens_per_s, first_token_s = (float(f"{value:.3g}") for value in (layout.total_tokens_per_s, layout.floors.first_token_s))
     return not layout.holds_all, -tokens_per_s, first_token_s, layout.topology.size, -layout.kv_tokens

@@ -1,4 +1,4 @@
-"""Why a layout cannot be: one sentence each, which says what to do instead."""
+"""Reasons why a layout is invalid: one sentence each, with what to do instead."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ class Refusal:
 
 
 def refuse_axes(sizes: dict[str, int], shape: ModelShape, fleet: Fleet) -> Refusal | None:
-    """What is wrong with the sizes of the axes, before any byte is counted."""
+    """Why the axis sizes are invalid for this model and fleet, regardless of memory; None if they are valid."""
     try:
         topology = Topology(**sizes)
     except InvalidTopology as error:
@@ -31,7 +31,7 @@ def refuse_axes(sizes: dict[str, int], shape: ModelShape, fleet: Fleet) -> Refus
 def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
     if found := layout_problems(topology, shape):
         return Refusal(found[0].reason, found[0].sentence)
-    if shape.moe is None and topology.dp > 1:  # it can be served, but nobody should plan it
+    if shape.moe is None and topology.dp > 1:  # it could be served, but is never useful
         return Refusal(
             "dense", f"dp={topology.dp} inside a replica would hold a dense model {topology.dp} times and gain nothing; use more replicas"
         )
@@ -55,7 +55,7 @@ def _refuse_for_hosts(topology: Topology, fleet: Fleet) -> Refusal | None:
 
 
 def refuse_memory(ranks: list[RankMemory], fleet: Fleet, workload: Workload) -> Refusal | None:
-    """Weights that do not fit a rank, or no room for one sequence beside them."""
+    """Why memory is insufficient: the weights do not fit, or there is no room for one sequence; None if it suffices."""
     fullest = min(ranks, key=lambda rank: rank.kv_budget_bytes)
     if fullest.kv_budget_bytes <= 0:
         return Refusal(

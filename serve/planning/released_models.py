@@ -1,7 +1,7 @@
-"""The released sizes of Qwen2 and Qwen2.5, for planning without a checkpoint.
+"""Shapes of the released Qwen2 and Qwen2.5 models, for planning without a checkpoint.
 
-From each repository's config.json, and the reports (arXiv 2407.10671, table 1; 2412.15115, table 1). Qwen2.5 is Qwen2's architecture
-in more sizes; a size that both have has the same shape in both. All have biases on q, k and v, and no sliding window.
+From each repository's config.json and the reports (arXiv 2407.10671, table 1; 2412.15115, table 1). Qwen2.5 has Qwen2's architecture in
+more sizes; sizes that exist in both have the same shape. All have biases on q, k and v, and no sliding window.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ SIZES = {
         num_heads=64, num_kv_heads=8, head_dim=128, max_context_tokens=BASE_CONTEXT, tied_embeddings=False,
     ),
 }  # fmt: skip
-"""By size; named after the first family that has it, with the context of that family's base model."""
+"""Shape by size; named after the first family that has the size, with the context of that family's base model."""
 
 FAMILIES: Mapping[str, Mapping[str, int]] = {
     "Qwen2": dict.fromkeys(("0.5B", "1.5B", "7B", "57B-A14B", "72B"), BASE_CONTEXT),
@@ -61,7 +61,7 @@ FAMILIES: Mapping[str, Mapping[str, int]] = {
     "Qwen2.5-Coder": dict.fromkeys(("0.5B", "1.5B", "3B", "7B", "14B", "32B"), INSTRUCT_CONTEXT),
     "Qwen2.5-Math": dict.fromkeys(("1.5B", "7B", "72B"), MATH_CONTEXT),
 }
-"""Which sizes each has, and the context of the base model; an Instruct's is that, `INSTRUCT_CONTEXT` at most."""
+"""Sizes of each family, and the base model's context. An Instruct model's context is the same, but at most `INSTRUCT_CONTEXT`."""
 
 NAME = re.compile(
     r"(?:hf://|modelscope://)?(?:Qwen/)?(?P<family>Qwen2(?:\.5(?:-Coder|-Math)?)?)-"
@@ -71,17 +71,18 @@ STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ
 
 
 def released_names() -> Iterator[str]:
-    """Of every base and Instruct model, without its owner."""
+    """Names of all base and Instruct models, without owner."""
     for family, sizes in FAMILIES.items():
         for size in sizes:
             yield from (f"{family}-{size}", f"{family}-{size}-Instruct")
 
 
 def find_shape(model: str) -> ModelShape:
-    """A checkpoint folder, a config.json, or the name of a release such as ``Qwen2-57B-A14B-Instruct`` or ``Qwen/Qwen2.5-7B``.
+    """The shape of a model given as checkpoint folder, config.json, or release name such as ``Qwen2-57B-A14B-Instruct`` or
+    ``Qwen/Qwen2.5-7B``.
 
     Raises:
-        PlanError: it is neither.
+        PlanError: it is none of these.
     """
     path = Path(model).expanduser()
     if path.exists():

@@ -1,4 +1,4 @@
-"""A plan for people: a table of layouts, what was assumed, and why the others are invalid."""
+"""Print a plan: a table of layouts, the assumptions, and why other layouts are invalid."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ INDENT = "    "
 
 
 def render(plan: Plan, *, everything: bool = False) -> None:
-    """Print to stdout. ``everything``: each layout and each refusal, not the best and one of each kind."""
+    """Print to stdout. ``everything``: all layouts and refusals, instead of the best layouts and one refusal of each kind."""
     console = results()
 
     def say(sentences: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ def counted(number: int, what: str) -> str:
 
 
 def shortened(number: float) -> str:
-    """Three digits at most and a letter: 8.14M."""
+    """At most three digits and a letter: 8.14M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}" if number < 1000 * size else f"{number / size:,.0f}{letter}"
@@ -45,7 +45,7 @@ def shortened(number: float) -> str:
 
 
 def _most_telling(plan: Plan) -> list[Layout]:
-    """The best of each tp x pp x dp (ep changes little), and in any case the best that is served today."""
+    """The best layout of each tp x pp x dp (ep changes little), and always the best one that can be served today."""
     best: dict[tuple[int, int, int], Layout] = {}
     for layout in plan.layouts:
         best.setdefault((layout.topology.tp, layout.topology.pp, layout.topology.dp), layout)
@@ -135,5 +135,5 @@ def _refusals(refused: tuple[RefusedLayout, ...], everything: bool) -> Iterable[
 
 
 def written(sizes: dict[str, int]) -> str:
-    """Sizes that need not form a topology."""
+    """Axis sizes as text; they need not form a valid topology."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"

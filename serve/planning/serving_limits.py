@@ -1,4 +1,4 @@
-"""What `manta serve` takes today. The one place in planning that knows: where a limit falls, its line here falls with it."""
+"""Layouts that can be planned but not served yet. To lift a limit, delete its line here; nothing else in planning knows it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from serve.planning.formats import STORED_FP8, Format
 
 @dataclass(frozen=True)
 class ServingLimit:
-    """Something that can be planned and not yet be served."""
+    """Something that can be planned but not served yet."""
 
     code: str
     sentence: str
@@ -19,6 +19,6 @@ FP8_CHECKPOINT = ServingLimit(
 
 
 def serving_limits(format: Format) -> tuple[ServingLimit, ...]:
-    """Why `manta serve` does not take this layout today; none if it does."""
+    """Why `manta serve` does not support this format today; empty if it does."""
     limits = ((FP8_CHECKPOINT, format is STORED_FP8),)
     return tuple(limit for limit, applies in limits if applies)

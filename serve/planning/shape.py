@@ -1,6 +1,6 @@
-"""The numbers of a model that a plan needs, from its config.json alone.
+"""The shape of a model as far as a plan needs it, from its config.json alone.
 
-`model.config` reads the same file for serving and is stricter; a test holds this reading against that one.
+`model.config` reads the same file for serving and is stricter; a test compares the two.
 """
 
 import json
@@ -31,7 +31,7 @@ class MoeShape:
         return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
 
     def distinct_experts(self, tokens: float) -> float:
-        """How many different experts so many tokens use, if the router likes all alike: E (1 - (1 - k/E)^tokens)."""
+        """Expected number of distinct experts that ``tokens`` tokens use under uniform routing: E (1 - (1 - k/E)^tokens)."""
         unused: float = (1 - self.experts_per_token / self.num_experts) ** tokens
         return self.num_experts * (1 - unused)
 
@@ -41,7 +41,7 @@ class ModelShape:
     """One Qwen2 or Qwen2-MoE. Fields as in `model.config.ModelConfig`."""
 
     name: str
-    """As an operator writes it: what `manta serve` takes as model.source."""
+    """The value for model.source of `manta serve`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,7 +54,7 @@ class ModelShape:
     qkv_bias: bool = True
     moe: MoeShape | None = None
     format: Format = BF16
-    """What the checkpoint's large matrices are held in, if nothing else is asked for."""
+    """Format of the checkpoint's large matrices in memory, unless another is requested."""
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_sparse(layer)
@@ -64,7 +64,7 @@ def shape_of_checkpoint(folder: Path, *, name: str) -> ModelShape:
     """Read ``folder / "config.json"``; ``folder`` may be that file itself.
 
     Raises:
-        PlanError: it is not there, or it is not the configuration of a Qwen2.
+        PlanError: the file does not exist, or is not the configuration of a Qwen2 model.
     """
     path = folder if folder.is_file() else folder / "config.json"
     try:
@@ -84,7 +84,7 @@ def shape_of_checkpoint(folder: Path, *, name: str) -> ModelShape:
 def shape_of_config(raw: Mapping[str, Any], *, name: str) -> ModelShape:
     """
     Raises:
-        PlanError: a field is missing or makes no sense, or the architecture is another.
+        PlanError: a field is missing or invalid, or the architecture is not supported.
     """
     if raw.get("architectures") not in ([DENSE], [MOE]):
         raise PlanError(f"architectures is {raw.get('architectures')}; plan for a model of {DENSE} or {MOE}")
@@ -124,7 +124,7 @@ def _moe(raw: Mapping[str, Any]) -> MoeShape:
 
 
 def _max_context_tokens(raw: Mapping[str, Any]) -> int:
-    """YaRN's own reach where it is set, and not what dual chunk attention would reach, as `model.config` has it."""
+    """The context limit, with YaRN if it is configured, but without dual chunk attention; as in `model.config`."""
     trained, chunks = _positive(raw, "max_position_embeddings"), raw.get("dual_chunk_attention_config")
     if chunks:
         if not isinstance(chunks, dict):
@@ -140,7 +140,7 @@ def _max_context_tokens(raw: Mapping[str, Any]) -> int:
 
 
 def _format(raw: Mapping[str, Any]) -> Format:
-    """`quantization_config`, as GPTQ, AWQ and FP8 checkpoints carry it."""
+    """The format given by `quantization_config` of GPTQ, AWQ and FP8 checkpoints."""
     described = raw.get("quantization_config")
     if described is None:
         return BF16

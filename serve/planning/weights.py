@@ -1,6 +1,6 @@
-"""What one rank holds of a model's weights: the same shares that the layers of `model/` take of a checkpoint.
+"""Size of one rank's weights, with the same shares that the layers in `model/` read from a checkpoint.
 
-D model width, V vocabulary, E experts. A test holds these sums against tensors that `model.load` allocated.
+D model width, V vocabulary, E experts. A test compares these sums with tensors that `model.load` allocated.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from serve.planning.shape import ModelShape
 
 @dataclass(frozen=True)
 class WeightSize:
-    """Some weights: how many there are, and their bytes."""
+    """Number and bytes of some weights."""
 
     weights: int = 0
     num_bytes: int = 0
@@ -29,25 +29,25 @@ class WeightSize:
 
 @dataclass(frozen=True, kw_only=True)
 class RankWeights:
-    """One rank's weights, told apart by how often a step reads them."""
+    """One rank's weights, grouped by how often a step reads them."""
 
     every_token: WeightSize
-    """Matrices that every token passes: attention, dense MLPs, shared experts, routers; norms and biases with them."""
+    """Weights that every token uses: attention, dense MLPs, shared experts, routers, norms and biases."""
     routed: WeightSize
-    """Routed experts, each once: a step reads those that its tokens chose."""
+    """Routed experts, each counted once; a step reads those that its tokens were routed to."""
     redundant: WeightSize
-    """Room for routed experts that are held once more. They take over tokens of their like, so a step reads no more for them."""
+    """Room for redundant copies of routed experts. A copy takes over tokens of its original, so a step reads no more for it."""
     head: WeightSize
-    """Rows of the vocabulary that logits are computed with; zero but on the last stage."""
+    """Rows of the output head; zero except on the last stage."""
     embedding: WeightSize
-    """Rows that are looked up, and not read as a whole; zero where they are the head's own (tied embeddings)."""
+    """Rows of the embedding, of which a step reads few; zero where they are the head's rows (tied embeddings)."""
 
     @property
     def num_bytes(self) -> int:
         return sum(held.num_bytes for held in (self.every_token, self.routed, self.redundant, self.head, self.embedding))
 
 
-_head_share = cache(head_share)  # the same few shares are wanted in thousands of layouts; so are those of the functions below
+_head_share = cache(head_share)  # thousands of layouts need the same few shares; likewise for the functions below
 _share_alignment = cache(share_alignment)
 
 
@@ -67,7 +67,7 @@ def count_sparse(shape: ModelShape, layers: range) -> int:
 
 
 def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, format: Format, *, redundant_experts: int = 0) -> RankWeights:
-    """What the rank at these coordinates holds. ``redundant_experts``: of a layer on each ep position, beyond its even share."""
+    """Weights of the rank at these coordinates. ``redundant_experts``: extra experts per layer on each ep position."""
     if format.where_cut is not None and format.group is not None and _share_alignment(shape, topology) % format.group:
         format = format.where_cut
     layers = layers_of(shape, topology, at)
@@ -100,7 +100,7 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
 
 @cache
 def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> WeightSize:
-    """Of one layer, with both its norms."""
+    """Attention of one layer, including both norms."""
     query, kv = heads.query.scaled(shape.head_dim), heads.kv.scaled(shape.head_dim)
     fused = len(query) + 2 * len(kv)
     qkv = _matrix(fused, whole(shape.hidden_size), format)
