@@ -1,1 +1,1 @@
-"""Manta beside its peers, each through its own public door: `make bench`, `make bench-peers`."""
+"""Benchmarks of Manta and of other engines, each through its public interface: `make bench`, `make bench-peers`."""

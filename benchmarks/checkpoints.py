@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the shape of released models, written once: speed does not depend on what the weights are."""
+"""Checkpoints with random weights in the shape of released models, written once: speed does not depend on the weights' values."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ SHAPES = {"dense": DENSE, "moe": MOE}
 
 
 def checkpoint(shape: str, folder: Path) -> Path:
-    """The folder of the checkpoint called ``shape``, written to ``folder`` unless it is there."""
+    """The checkpoint of ``shape`` in ``folder``, written if it does not exist."""
     place = folder / f"{shape}-random-bf16"
     if not (place / "config.json").exists():
         place.mkdir(parents=True, exist_ok=True)

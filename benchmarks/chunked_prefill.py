@@ -1,10 +1,10 @@
-"""Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.prompt_share`,
-`prompt_wait_steps`, `prompt_step_s` and `max_step_s`; with ``--chats`` chats of 150 tokens in and 128 out at once instead.
+"""Chunked prefill under a virtual clock: inter-token latency of running streams and speed of long prompts beside them, depending on
+`engine.prompt_share`, `prompt_wait_steps`, `prompt_step_s` and `max_step_s`. With ``--chats``: concurrent chats of 150 tokens in, 128 out.
 
     python -m benchmarks.chunked_prefill [--machine gpu] [--streams 32] [--prompts 40] [--seed 1] [--chats 32]
 
-Simulated, and no more than this: what a step takes (base + per token + per token and context, of about a 7B model on one accelerator, or
-a 0.5B model on two CPU cores). Engine, scheduler, blocks and what is learnt of the steps' times are the server's own.
+Only the duration of a step is simulated (base + per token + per token and context; about a 7B model on one accelerator, or a 0.5B model on
+two CPU cores). Engine, scheduler, blocks and the estimate of step times are the server's own.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 
 MACHINES = {"gpu": (0.012, 0.00006, 2e-9, (0.03, 0.05, 0.1)), "cpu": (0.045, 0.0018, 1e-7, (0.15, 0.3, 1.0))}
-"""Seconds of a step, of a token in it, and of a token for each one before it in its sequence; limits that are tried."""
+"""Seconds per step, per token, and per token and preceding token of its sequence; values of max_step_s to try."""
 
 
 class Ranks:
-    """Takes virtual time."""
+    """An executor whose steps take virtual time."""
 
     capacity = Capacity(num_blocks=40_000, block_tokens=16, max_context_tokens=32_768)
 
@@ -49,7 +49,7 @@ class Ranks:
 
 
 def simulated(machine: str, config: EngineConfig, num_streams: int, num_prompts: int, seed: int) -> tuple[list[float], float, float]:
-    """Gaps between tokens of the running streams while prompts come, tokens of prompts a second, and the mean time to their first token."""
+    """(gaps between tokens of the running streams while prompts arrive, prompt tokens per second, mean time to the first token)."""
     draw, ranks = random.Random(seed), Ranks(machine)
     engine = Engine(ranks, config)
     for number in range(num_streams):
@@ -76,9 +76,10 @@ def simulated(machine: str, config: EngineConfig, num_streams: int, num_prompts:
 
 
 def chats(machine: str, config: EngineConfig, count: int) -> tuple[list[float], list[float], float]:
-    """Gaps between tokens, times to the first one, and tokens a second, of so many chats at once, after a few by which steps are known.
+    """(gaps between tokens, times to the first token, tokens per second) of ``count`` concurrent chats, after a few chats from which the
+    engine learns step times.
 
-    The first is computed alone, as where they come over a network.
+    The first chat is computed alone, as when requests arrive over a network.
     """
     draw, ranks = random.Random(1), Ranks(machine)
     engine = Engine(ranks, config)

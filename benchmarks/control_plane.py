@@ -1,4 +1,4 @@
-"""What a step costs before and after the ranks have computed it: CPU time of the control plane with ranks that answer at once.
+"""CPU time of the control plane per step, with simulated ranks that answer immediately.
 
     python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5] [--speculate lookup]
 
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """CPU seconds of this thread, by part."""
+    """CPU seconds of this thread by part."""
 
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
@@ -65,7 +65,7 @@ class Clock:
 
 
 class Ranks:
-    """An executor that hands plans over as bytes and gets results as bytes, and a rank that reads them."""
+    """An executor that serialises plans and results, and a rank that decodes them."""
 
     def __init__(self, clock: Clock, num_sequences: int, far_ends: bool) -> None:
         self.capacity = Capacity(num_blocks=num_sequences * 512, block_tokens=BLOCK_TOKENS, max_context_tokens=8192)
@@ -107,7 +107,7 @@ class Answer:
 
 
 class NullSocket:
-    """The link's messages are handed to it."""
+    """A socket that never receives anything; messages are passed to the link directly."""
 
     def send(self, raw: bytes) -> None:
         pass
@@ -130,7 +130,7 @@ def request_of(number: int, max_tokens: int) -> Request:
 async def one_round(
     num_sequences: int, steps: int, churn: bool, speculate: Literal["lookup"] | None, *, far_ends: bool
 ) -> tuple[dict[str, list[float]], float]:
-    """CPU seconds of each part in each step, and the mean number of tokens in a step.
+    """(CPU seconds per step by part, mean number of tokens per step).
 
     ``far_ends``: do the ranks' and the front's parts too. They are other processes; here they would leave the engine's part cold caches
     and their garbage, so that they have rounds of their own.
@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def _print(name: str, rounds: list[list[float]]) -> None:
-    """The time that a tenth of the steps keep below is what the code costs where other processes disturb little."""
+    """The first decile shows what the code costs when other processes disturb little."""
     figures = [[statistics.quantiles(one, n=10)[0], statistics.median(one), statistics.mean(one)] for one in rounds]
     tenth, median, mean = (min(figure) * 1e6 for figure in zip(*figures, strict=True))
     print(f"{name:<24}{tenth:>10,.0f}{median:>10,.0f}{mean:>10,.0f}")

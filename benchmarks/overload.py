@@ -29,7 +29,7 @@ PROMPT_WORDS = 24
 
 @dataclass
 class RequestRecord:
-    """One request, in seconds of `time.monotonic`."""
+    """Times of one request, in seconds of `time.monotonic`."""
 
     sent: float
     status: int = 0
@@ -82,7 +82,7 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int) -> RequestR
 
 
 async def closed_loop(session: aiohttp.ClientSession, url: str, clients: int, seconds: float) -> list[RequestRecord]:
-    """Each of so many clients asks again as soon as it has its answer."""
+    """Closed loop: each client sends its next request as soon as it has its answer."""
     until = time.monotonic() + seconds
 
     async def client(number: int) -> list[RequestRecord]:
@@ -95,7 +95,7 @@ async def closed_loop(session: aiohttp.ClientSession, url: str, clients: int, se
 
 
 async def open_loop(session: aiohttp.ClientSession, url: str, per_s: float, seconds: float, seed: int) -> list[RequestRecord]:
-    """Requests come at their own times, whatever became of those before."""
+    """Open loop: requests are sent at Poisson arrival times, whatever happened to earlier ones."""
     tasks = [asyncio.create_task(ask(session, url, number)) async for number in _arrivals(per_s, seconds, random.Random(seed))]
     return list(await asyncio.gather(*tasks))
 
@@ -114,7 +114,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def goodput(answers: list[RequestRecord], begun: float, seconds: float) -> float:
-    """Tokens a second of whole answers that ended within a span."""
+    """Tokens per second of complete answers that ended within ``seconds`` after ``begun``."""
     return sum(answer.tokens for answer in answers if answer.is_whole and begun <= answer.end <= begun + seconds) / seconds
 
 

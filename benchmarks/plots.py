@@ -1,11 +1,11 @@
-"""A table's figures as bars: each engine's median for each cell, the rounds' spread as lines."""
+"""Bar charts of a results table: each engine's median per workload, with the range over the rounds as error bars."""
 
 import statistics
 from pathlib import Path
 
 
 def draw(results: list[dict], shape: str, form: str, path: Path) -> None:
-    """One picture of one format. The ending of ``path`` says of which kind."""
+    """Plot the results of one shape and weight format. The suffix of ``path`` selects the file format."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What the processes of a server take of the CPUs: seconds by process, from /proc by way of psutil."""
+"""CPU seconds by process of a server, read with psutil."""
 
 import contextlib
 from collections import defaultdict
@@ -9,23 +9,23 @@ import psutil
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """As of one moment, of a process and all that descend from it."""
+    """Snapshot of the CPU time of a process and all its descendants."""
 
     taken: dict[tuple[int, float], tuple[str, float]]
-    """By number and time of start: what it is, and user and system time together."""
+    """(pid, start time) to (name, user plus system seconds)."""
 
     @classmethod
     def of(cls, pid: int) -> "CpuSeconds":
         root = psutil.Process(pid)
         taken = {}
         for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # it has ended since
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
                 times = process.cpu_times()
                 taken[process.pid, process.create_time()] = (_called(process), times.user + times.system)
         return cls(taken)
 
     def since(self, before: "CpuSeconds") -> dict[str, float]:
-        """What each kind of process took, the busiest first. Of a process that has ended in between nothing is known."""
+        """CPU seconds by process name since ``before``, the busiest first. Processes that ended in between are not counted."""
         seconds: defaultdict[str, float] = defaultdict(float)
         for key, (name, taken) in self.taken.items():
             seconds[name] += taken - before.taken.get(key, (name, 0.0))[1]
@@ -33,7 +33,7 @@ class CpuSeconds:
 
 
 def _called(process: psutil.Process) -> str:
-    """Ray's workers carry a title (``ray::ServeReplica:app:Deployment``); of others the program, and the script or module it runs."""
+    """Name of a process: the title of Ray's workers (``ray::ServeReplica:app:Deployment``), else program and script or module."""
     command = process.cmdline() or [process.name()]
     if command[0].startswith("ray::"):
         return command[0].split("(")[0].strip()

@@ -1,13 +1,12 @@
-"""What rounded weights cost: the same text told by the model unrounded, by each of Manta's formats, and by llama.cpp's.
+"""Accuracy of quantised weights: compare predictions on the same text in each of Manta's formats, and llama.cpp's, with float32.
 
     python -m benchmarks.quantisation_quality [MODEL] [--smeared 2] [--only int4] [--llama-cpp PYTHON] [--text FILE ...] [--tokens 384]
 
-Prints mean KL divergence of the next token from that of float32, how often the likeliest token is the same, and
-perplexity. Nothing is timed.
+Prints the mean KL divergence of the next-token distribution from float32's, how often the most likely token is the same, and perplexity.
 
-The demo model's layers were stored in 4 bits before (Q4_1): their weights lie on grids of sixteen numbers, which others' weights do not.
-``--smeared`` spreads every weight evenly over its step of the grid, by lots drawn anew each time: models that say nearly what the demo
-model says, of weights as training leaves them. Believe a rule if it does well on these too.
+The demo model's layers were stored in 4 bits (Q4_1), so their weights lie on grids of sixteen values, unlike those of other models.
+``--smeared`` moves every weight by uniform noise within its grid step. The resulting models predict nearly the same, but their weights are
+distributed as after training. Trust a rounding rule only if it also does well on these.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from serve.model_source import find_model
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "docs/architecture.md", "engine/planner.py", "LICENSE")
-"""English, Markdown, Python, and a lawyer's English."""
+"""English prose, Markdown, Python, and legal English."""
 FORMATS = {
     "bfloat16": RunnerConfig(device="cpu", dtype="bfloat16"),
     "int8": RunnerConfig(device="cpu", dtype="float32", quantize="int8"),
@@ -47,11 +46,11 @@ FORMATS = {
     "int4": RunnerConfig(device="cpu", dtype="float32", quantize="int4"),
     "int4, rows in 8 bits": RunnerConfig(device="cpu", quantize="int4"),
 }
-"""The last where the processor multiplies 8 bits natively; elsewhere it is as the one before."""
+"""With "rows in 8 bits" activations are rounded too, on processors that multiply 8 bits natively; on others it is like the entry before."""
 LLAMA_CPP = {"llama.cpp Q8_0": "int8", "llama.cpp Q4_0, head Q8_0": "int4"}
 BLOCK_TOKENS = 16
 GRID_STEPS = 40
-"""More than a grid of four bits has."""
+"""More steps than a 4-bit grid has."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Quality:
 
 
 def log_probs(folder: Path, config: RunnerConfig, texts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Of each text (T int64) those of the next token at every place (T, V), by the model as a rank holds it."""
+    """For each text (T int64), log probabilities of the next token at every position (T, V), computed as on a rank."""
     model_config, dtype = ModelConfig.from_checkpoint(folder), resolve_dtype(config.dtype, CPU)
     with Checkpoint(folder) as checkpoint:
         formats = choose_weight_formats(checkpoint, model_config, config, dtype, CPU)
@@ -98,7 +97,7 @@ def log_probs(folder: Path, config: RunnerConfig, texts: Sequence[Tensor]) -> It
 
 
 def log_probs_of_llama_cpp(folder: Path, form: str, python: str, texts: Sequence[Tensor], scratch: Path) -> Iterator[Tensor]:
-    """The same by llama.cpp (``python`` is one that has llama_cpp), embedding and head always in 8 bits."""
+    """Like `log_probs`, by llama.cpp (``python``: an interpreter with llama_cpp). Embedding and head are always in 8 bits."""
     path, found = converted(folder, form, head="int8", into=scratch), scratch / "logits.npy"
     asked = json.dumps([tokens_T.tolist() for tokens_T in texts])
     command = [python, "-m", "benchmarks.peers.llama_cpp_logits", str(path), str(found)]
@@ -121,7 +120,7 @@ def compared(reference: Sequence[Tensor], found: Iterator[Tensor], texts: Sequen
 
 
 def smeared(folder: Path, seed: int, into: Path) -> Path:
-    """The checkpoint with every weight of its layers spread evenly over the step of its group's grid (groups of 32)."""
+    """The checkpoint with uniform noise added to every weight of its layers, within the grid step of its group of 32."""
     random = torch.Generator().manual_seed(seed)
     with Checkpoint(folder) as checkpoint:
         tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
@@ -130,7 +129,9 @@ def smeared(folder: Path, seed: int, into: Path) -> Path:
             groups_GC = tensor.float().view(-1, 32)
             sorted_GC = groups_GC.sort(-1).values
             steps_GC = sorted_GC.diff(dim=-1)
-            least_G1 = (sorted_GC[:, -1:] - sorted_GC[:, :1]) / GRID_STEPS  # less is one number of the grid, in other bits
+            least_G1 = (
+                sorted_GC[:, -1:] - sorted_GC[:, :1]
+            ) / GRID_STEPS  # a smaller difference is the same grid value with a rounding error
             steps_G1 = torch.where(steps_GC > least_G1, steps_GC, torch.inf).amin(-1, keepdim=True).nan_to_num(posinf=0)
             tensors[name] = (groups_GC + (torch.rand(groups_GC.shape, generator=random) - 0.5) * steps_G1).view(tensor.shape)
     config = json.loads((folder / "config.json").read_text())

@@ -1,10 +1,10 @@
-"""Shared-prefix traffic over 4 replicas under a virtual clock: cache hits and time to first token, by routing policy.
+"""Routing policies compared under a virtual clock: prefix cache hits and time to first token for shared-prefix traffic over 4 replicas.
 
     python -m benchmarks.routing [--rate 24] [--requests 2000] [--seed 1]
 
-Simulated, and no more than this: a step's duration (base + per token, as measured on an accelerator would do) and the network (none).
-Scheduler, KV blocks, prefix caches, block journal, prefix index and policies are the server's own; load is told once a second.
-Traffic: conversations of several turns, each with one of a few system prompts; every turn brings all before it. Arrivals are Poisson.
+Only the duration of a step (base + per token) and the network (none) are simulated. Scheduler, KV blocks, prefix caches, block journal,
+prefix index and policies are the server's own; load is reported once a second. Traffic: conversations of several turns, each with one of a
+few system prompts; every turn includes all earlier turns. Arrivals are Poisson.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 
 BASE_S, TOKEN_S = 0.012, 0.00006
-"""A step by itself, and each token in it: about a 7B model on one accelerator."""
+"""Seconds per step and per token in it: about a 7B model on one accelerator."""
 NUM_REPLICAS = 4
 CAPACITY = Capacity(num_blocks=6_000, block_tokens=16, max_context_tokens=16_384)
 CONFIG = EngineConfig(max_running=64, max_step_tokens=2048)
@@ -34,7 +34,7 @@ REPORT_EVERY_S = 1.0
 
 
 class Answer:
-    """A step that the executor has been given; its token is a number."""
+    """A submitted step; every sampled token is 7."""
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
@@ -64,7 +64,7 @@ class Executor:
 
 @dataclass
 class Replica:
-    """A real engine whose steps take virtual time, and what a front knows of it."""
+    """A real engine whose steps take virtual time, and a front's view of it."""
 
     id: str
     clock: Callable[[], float]
@@ -121,7 +121,7 @@ class Conversation:
 
 @dataclass
 class World:
-    """Events in order of virtual time."""
+    """Event loop in virtual time."""
 
     policy: RoutingPolicy
     random: random.Random
@@ -176,7 +176,7 @@ class World:
             replica.busy_until = self.now + 1e-9
 
     def _turn(self, replica: Replica) -> None:
-        """A step: its events are known when it ends."""
+        """Run a step; its events take effect when it ends."""
         replica.executor.last = None
         events = replica.engine.turn()
         if replica.executor.last is None:

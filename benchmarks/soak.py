@@ -28,7 +28,7 @@ LEAVES = 0.1
 
 @dataclass
 class Samples:
-    """Of one process."""
+    """Samples of one process."""
 
     at_s: list[float] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Samples:
         self.threads.append(process.num_threads())
 
     def growth_mb_per_hour(self, after_s: float) -> float:
-        """Slope of the least-squares line."""
+        """Slope of the least-squares line through memory samples."""
         points = [(at, rss) for at, rss in zip(self.at_s, self.rss, strict=True) if at >= after_s]
         mean_at, mean_rss = (sum(column) / len(points) for column in zip(*points, strict=True))
         over = sum((at - mean_at) * (rss - mean_rss) for at, rss in points)
@@ -57,7 +57,7 @@ class Samples:
 
 
 async def leaving(session: aiohttp.ClientSession, url: str, per_s: float, seconds: float) -> int:
-    """Clients that go away before their answer is whole."""
+    """Clients that disconnect during their answer. Returns how many."""
     chance, number, until = random.Random(3), 0, time.monotonic() + seconds
     while time.monotonic() < until:
         await asyncio.sleep(chance.expovariate(per_s))

@@ -1,10 +1,10 @@
-"""What a draft model gives: the same answers with none, with one that is always right, and with one that rarely is.
+"""Speculative decoding with a draft model: none, one that is always right, and one that rarely is. The answers must be the same.
 
     python -m benchmarks.speculative_decoding [--idle-layers 60] [--few-layers 6] [--streams 1 4] [--tokens 96] [--rounds 3]
 
-The model is the demo model with layers behind it that add nothing (their outputs are multiplied by 0): it says what the demo model says,
-and costs as much more as it has layers more. The demo model is then its perfect draft, and the demo model's first few layers a bad one.
-How often real pairs agree is for `manta_held_tokens_total` to say; here it is known, so that what speculation costs can be seen.
+The target model is the demo model plus layers that add nothing (their outputs are multiplied by 0): it gives the same answers as the demo
+model at a higher cost. So the demo model is a perfect draft model for it, and the demo model's first few layers are a bad one. How often
+real pairs agree is shown by `manta_held_tokens_total`; here the acceptance rate is known, so that the cost of speculation can be measured.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def with_layers(source: Path, place: Path, count: int) -> Path:
-    """The checkpoint's first ``count`` layers, and where it has fewer as many more that add nothing."""
+    """Write the checkpoint with its first ``count`` layers; if it has fewer, layers that add nothing follow."""
     config = json.loads((source / "config.json").read_text())
     there = config["num_hidden_layers"]
     with Checkpoint(source) as checkpoint:
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def compare(served: list[ServedModel], streams: int, tokens: int, rounds: int) -> None:
-    """Interleaved; the first round of each is not counted."""
+    """Run all models in interleaved rounds and print their figures; the first round is not counted."""
     rates: dict[str, list[float]] = {one.name: [] for one in served}
     before = [one.engine.stats for one in served]
     for count in range(rounds + 1):

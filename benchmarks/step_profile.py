@@ -1,7 +1,7 @@
-"""`python -m benchmarks.step_profile CHECKPOINT`: where a decoding step's time goes on a CPU, kernel by kernel, and what lies between them.
+"""`python -m benchmarks.step_profile CHECKPOINT`: profile of a decode step on a CPU, by kernel, with the time between kernels.
 
-Every function of our kernels' library is timed as it is called, and so are the sampler, the rank and the engine; what a caller took beside
-what it called is its own part. The clock costs about 0.2 us a call.
+Every function of our kernel library is timed, as are sampler, rank and engine. A caller's own part is its time minus that of what it calls.
+Timing costs about 0.2 us per call.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from parallel.native import experts, sublayers
 from parallel.native.library import native
 
 Steps = list[dict[str, float]]
-"""Of each step seconds by part, beside "step"."""
+"""For each step: seconds by part; the key "step" is the whole step."""
 
 
 SINGLE = {
@@ -43,7 +43,7 @@ SINGLE = {
 
 
 class Clock:
-    """Seconds by part, of the step under way."""
+    """Seconds by part of the current step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -62,7 +62,7 @@ class Clock:
 
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
-    """While this is open the library's functions, sampler, model and rank are timed."""
+    """Time the library's functions, sampler, model and rank while the context is open."""
     library = native()
     if library is None:
         raise SystemExit("our kernels are not built here")
@@ -86,7 +86,7 @@ def watched(clock: Clock) -> Iterator[None]:
     for name, part in SINGLE.items():
         watch(library, name, lambda *_, part=part: part)
     watch(Sampler, "sample", lambda *_: "sampling")
-    for module in (sublayers, experts):  # what one kernel calls of others is not seen
+    for module in (sublayers, experts):  # calls between kernels are not timed
         before = module.address_of
         module.address_of = lambda function, before=before: before(getattr(function, "watched", function))
         put_back.append(lambda module=module, before=before: setattr(module, "address_of", before))
@@ -101,7 +101,7 @@ def watched(clock: Clock) -> Iterator[None]:
 
 
 def decode_steps(engine: Engine, clock: Clock, *, streams: int, tokens_in: int, tokens_out: int) -> Steps:
-    """The steps in which every stream computes one token."""
+    """The steps in which every stream decodes one token."""
     for stream in range(streams):
         prompt = tuple((37 * stream + 11 * place) % 1000 for place in range(tokens_in))
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens_out)
@@ -121,7 +121,7 @@ def decode_steps(engine: Engine, clock: Clock, *, streams: int, tokens_in: int, 
 
 
 def table(steps: Steps) -> list[tuple[str, float]]:
-    """(part, median seconds) by falling share; what lies between the parts is told as parts of their callers'."""
+    """(part, median seconds), largest first; time between parts is attributed to their callers."""
     parts = {name for step in steps for name in step}
     kernels = {name for name in parts if name not in ("step", "sampling") and not name.startswith("(")}
     rows = [{name: step.get(name, 0.0) for name in kernels | {"sampling"}} for step in steps]

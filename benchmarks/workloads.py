@@ -1,4 +1,4 @@
-"""The workloads that every engine runs, as `manta bench` has them; a peer's file reads them from here and imports nothing of Manta."""
+"""The workloads of `manta bench` for other engines. Imports nothing of Manta, because other engines run in environments without it."""
 
 import json
 import random
@@ -36,11 +36,11 @@ def workloads(tokens_out: int, only: Sequence[str] = ()) -> list[Workload]:
 
 
 Generate = Callable[[list[list[int]], int], None]
-"""(prompts, tokens out): generates exactly so many for each, greedily, all prompts at once."""
+"""Called with (prompts, tokens out): generates exactly this many tokens for each prompt, greedily, all prompts in one batch."""
 
 
 def measure(generate: Generate, chosen: list[Workload]) -> None:
-    """One round of each workload after a short one to warm up, as JSON on the last line of stdout."""
+    """Run each workload once, after a short warm-up, and print the results as JSON on the last line of stdout."""
     generate([[1, 2, 3, 4] * 16], 4)
     found = []
     for workload in chosen:

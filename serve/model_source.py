@@ -1,4 +1,4 @@
-"""From what an operator writes for a model to a checkpoint: a folder on this machine, or one in a store.
+"""Resolve a model source from the settings to a checkpoint: a folder on this machine, or one in object storage.
 
 Sources come from settings only, never from API requests: nothing that a client sends makes the server download or open anything.
 """

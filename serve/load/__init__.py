@@ -1,4 +1,4 @@
-"""`manta bench serve`: load for any OpenAI endpoint at fixed arrival times, and what its clients would have seen.
+"""`manta bench serve`: an open-loop load generator for any OpenAI-compatible endpoint.
 
-`workloads` decides what is asked and when, before anything is sent; `client` sends it; `report` counts.
+`workloads` fixes prompts and arrival times in advance, `client` sends them, `report` summarises what clients saw.
 """
