@@ -1,9 +1,10 @@
-"""`python -m benchmarks.gpu`: correctness, ceilings, then models against their floors and beside transformers, on one GPU in one call.
+"""`python -m benchmarks.gpu`: on one GPU, check correctness, measure the device's peak rates, then models against their floors and
+transformers.
 
-Parts come in the order in which they tell most; one that fails, or has had its minutes, does not keep the next from its turn, and what
-has been measured is written after every figure (`gpu.json`, `gpu.md` in `--out`). They are measured by a process of their own
-(`benchmarks.gpu.parts`): where a part takes that down, or hangs in the device, another one goes on behind it. With `--device cpu --tiny`
-all of it runs through on a CPU, which proves the script and measures nothing.
+The most informative parts run first. A part that fails or exceeds its minutes does not stop the next one, and results are written after
+every figure (`gpu.json`, `gpu.md` in `--out`). Parts run in a separate process (`benchmarks.gpu.parts`); if a part crashes it or hangs in
+the device, a new process continues after that part. With `--device cpu --tiny` everything runs on a CPU, which tests the script and
+measures nothing.
 """
 
 import argparse
@@ -34,14 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def attend(command: list[str], out: Path, minutes: float) -> int:
-    """Run it until every part has had its turn: after each process that was lost in one, another from behind that part on."""
+    """Run ``command`` until every part has run: if its process is lost during a part, start another one after that part."""
     deadline = time.monotonic() + 60 * minutes
-    (out / "gpu.json").unlink(missing_ok=True)  # of another call: it may say what was under way there
+    (out / "gpu.json").unlink(missing_ok=True)  # left by another call: it may name a part that was running there
     behind: list[str] = []
     while True:
         left_s = max(0.0, deadline - time.monotonic())
         try:
-            # Its own watch ends it first; this one is for a process that does not even come to its parts.
+            # Normally the process's own watchdog ends it first; this timeout is for one that does not get as far as its parts.
             process = [*command, "--out", str(out), "--minutes", str(left_s / 60), *behind]
             code = subprocess.run(process, timeout=left_s + 2 * HANG_S, check=False).returncode
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What this device could do at best, in the same minute as everything else."""
+"""Peak rates of this device (memory bandwidth, matrix products, kernel launches), measured together with everything else."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ class Ceilings:
 
 
 GUESSED = Ceilings(read_bytes_per_s=4.3e12, flop_per_s=7.8e14, fp8_flop_per_s=1.4e15)
-"""Where they are not measured: what KINDS.md saw on an H200."""
+"""Used if they were not measured: the rates of an H200 (KINDS.md)."""
 
 
 def found_in(results: Results) -> Ceilings:
-    """Those that have been measured, by this process or one before it."""
+    """The peak rates that this process or an earlier one has measured."""
     found = {one.name: one.value * 1e12 for one in results.figures if one.part == "ceilings" and one.unit in ("TB/s", "TFLOP/s")}
     products = [value for name, value in found.items() if name.startswith("torch.")]
     reads = [value for name, value in found.items() if name.startswith(("read", "copy"))]
@@ -32,7 +32,7 @@ def found_in(results: Results) -> Ceilings:
 
 
 def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
-    """Random numbers: a matrix product of zeros is faster."""
+    """Measure all peak rates, with random inputs: matrix products of zeros are faster."""
     num_bytes, size = (1 << 22, 256) if tiny else (4 << 30, 8192)
     _memory(results, device, num_bytes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

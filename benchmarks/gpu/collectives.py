@@ -1,4 +1,4 @@
-"""Sums of ranks, one on each device of this host, as captured steps have them: through symmetric memory, and over the process group."""
+"""Time all-reduces between ranks on this host's devices, as in captured steps: through symmetric memory and over the process group."""
 
 import multiprocessing
 import queue
@@ -18,7 +18,7 @@ from parallel.groups import Group, Rendezvous, free_rendezvous, open_groups
 from parallel.topology import Topology
 
 Figure = tuple[str, float, str]
-"""What, how much, and its unit."""
+"""(name, value, unit)"""
 SIZES = (16 << 10, 128 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20)
 START_S = 180.0
 
@@ -26,7 +26,7 @@ START_S = 180.0
 def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
     """
     Raises:
-        RuntimeError: a rank was lost, or they took too long.
+        RuntimeError: a rank died, or the ranks took too long.
     """
     ranks = min(torch.cuda.device_count(), 8) if device.type == "cuda" else 2
     for name, value, unit in figures_of(_rank, ranks, device.type, SIZES[:1] if tiny else SIZES):
@@ -34,11 +34,11 @@ def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
 
 
 def figures_of(rank_main: Callable[..., None], ranks: int, *arguments: object) -> list[Figure]:
-    """What rank 0 of so many tells, each a process that is given its number, how many there are, where they meet, the first argument, where
-    to tell figures, and the other arguments.
+    """Run ``rank_main`` in a process per rank and return the figures that rank 0 puts into the queue. Its arguments: rank, number of ranks,
+    rendezvous, the first of ``arguments``, the queue, and the other ``arguments``.
 
     Raises:
-        RuntimeError: a rank was lost, or they took too long.
+        RuntimeError: a rank died, or the ranks took too long.
     """
     context = multiprocessing.get_context("spawn")
     told: Queue[list[Figure]] = context.Queue()
@@ -62,7 +62,7 @@ def _figures(told: "Queue[list[Figure]] | queue.Queue[list[Figure]]", processes:
         lost = [f"rank {rank}: {each.exitcode}" for rank, each in enumerate(processes) if each.exitcode]
         try:
             return told.get(timeout=1)
-        except queue.Empty:  # asked once more after a rank was seen to be lost: rank 0 may have told before
+        except queue.Empty:  # `lost` was read before this get: rank 0 may have put its figures before it ended
             if lost:
                 raise RuntimeError(f"ranks ended before there were figures, with exit codes {', '.join(lost)}") from None
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Steps whose launches begin while the one before ends (`runner.early_launches`) beside the same steps without: equal bits, and times."""
+"""Compare steps with and without early launches (`runner.early_launches`: a kernel starts while the previous one ends): equal bits, and times."""
 
 import random
 
@@ -14,14 +14,14 @@ from model.qwen2 import Qwen2
 ROWS = (1, 2, 4, 8, 32, 64)
 KV_CACHE_BYTES = 1 << 31
 TIMES = 20
-"""A step is replayed before its logits are looked at once more: what only now and then comes too early shows itself then."""
+"""Number of replays before the logits are compared again, so that rare races show up."""
 
 
 @torch.inference_mode()
 def compare(results: Results, name: str, model: Qwen2) -> None:
     """
     Raises:
-        AssertionError: logits differ. All are compared before.
+        AssertionError: logits differ. Raised after everything was compared.
     """
     wrong, logits = list[str](), dict[int, Tensor]()
     for begins_early in (False, True):

@@ -1,4 +1,4 @@
-"""Steps replayed from CUDA graphs against the same steps launched, on the device: logits of the model, and tokens of the sampler."""
+"""Check steps replayed from CUDA graphs against the same steps launched eagerly: the model's logits and the sampler's tokens."""
 
 import random
 
@@ -30,18 +30,18 @@ KINDS = (
     SamplingParams(temperature=0.0, frequency_penalty=0.5, logit_bias=((5, 2.0),)),
     SamplingParams(top_p=0.97, temperature=2.5),
 )
-"""The last one is so flat that few candidates do not decide it."""
+"""The last one is so flat that the fast path with few candidates cannot decide it."""
 MOST, MOST_WITH_EXPERTS, MOST_IN_FP8 = 2e-2, 5e-2, 1e-1
-"""Of relative error. A product of other numbers of rows may be rounded otherwise (on an H200: nothing up to 10 rows, 1.1e-2 of 33 behind
-four layers, replayed among 40), a token whose experts are nearly as likely as others then takes another one, and an activation in FP8
-that is a rounding off is 6 % off."""
+"""Maximum relative error. A product with another number of rows may round differently (on an H200: no difference up to 10 rows; 1.1e-2
+for 33 rows after four layers, replayed in a graph of 40). A token may then choose another of nearly equally likely experts, and one
+rounding step of an FP8 activation is 6 %."""
 
 
 @torch.inference_mode()
 def check(results: Results, name: str, served: ServedModel) -> None:
     """
     Raises:
-        AssertionError: a replay differs by more than roundings. All are made before.
+        AssertionError: a replay differs by more than rounding. Raised after everything was compared.
     """
     in_fp8 = isinstance(served.model.format, QuantisedFormat) and served.model.format.kind == "fp8"
     most, wrong = MOST_IN_FP8 if in_fp8 else MOST if served.model.config.moe is None else MOST_WITH_EXPERTS, list[str]()
@@ -79,8 +79,8 @@ def _error_of_logits(served: ServedModel, graphs: DecodeGraphs, count: int) -> f
 
 
 def replayed_logits(served: ServedModel, graphs: DecodeGraphs, count: int, draw: random.Random) -> tuple[list[Work], BlockTables, Tensor]:
-    """A step of so many sequences, behind contexts of up to 300 tokens in blocks of their own, and its logits (R, V), which last until the
-    next one."""
+    """Replay a decode step of ``count`` sequences with contexts of up to 300 tokens in separate blocks. Returns its works, block tables
+    and logits (R, V), which are valid until the next replay."""
     tables, works = BlockTables(), []
     block_tokens = served.runner.capacity.block_tokens
     for number in range(count):
@@ -96,7 +96,8 @@ def replayed_logits(served: ServedModel, graphs: DecodeGraphs, count: int, draw:
 
 
 def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, size: int) -> int:
-    """Of the logits that the model left, drawn with every kind of parameters; what was seen is counted on the device, and by the host."""
+    """Number of tokens that differ between the sampler's graph and the eager sampler, with all kinds of parameters, on the logits of the
+    last replay. Token counts for penalties are kept on the device by one, on the host by the other."""
     draw, columns, rows, states = random.Random(), SamplingColumns(), [], []
     vocab_size = served.sampler.vocab_size
     for at in range(count):
@@ -111,7 +112,7 @@ def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, si
     decode_graphs = served.runner.decode_graphs
     assert decode_graphs is not None
     assert decode_graphs.logits is not None
-    decode_graphs.positions_B.zero_()  # the tokens that lie there are counted already
+    decode_graphs.positions_B.zero_()  # the tokens there are already counted
     logits_RV = decode_graphs.logits[:count]
     report = graphs.launch(columns.of(np.arange(count)), np.array([row.position for row in rows]), size).read()
     found = served.sampler.results(logits_RV, logits_RV, rows, as_decided(report))

@@ -1,4 +1,4 @@
-"""Models of random weights in the shape of the released ones, made where they are used: nothing is read, and nothing is written."""
+"""Models with random weights in the shape of released ones, created in memory: nothing is read from or written to disk."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -68,7 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """As `parallel.weight_format.StoredTensor`."""
+    """A random tensor with the interface of `parallel.weight_format.StoredTensor`."""
 
     name: str
     shape: tuple[int, ...]
@@ -88,7 +88,7 @@ class RandomTensor:
 
 
 class RandomCheckpoint:
-    """As much of `model.checkpoint.Checkpoint` as loading looks at."""
+    """The part of `model.checkpoint.Checkpoint`'s interface that loading uses."""
 
     concurrent_reads, bytes_fetched, num_bytes, location = 1, 0, 0, "random weights"
 
@@ -115,7 +115,7 @@ def random_model(
     checkpoint: RandomCheckpoint | None = None,
     groups: ParallelGroups | None = None,
 ) -> Qwen2:
-    """``checkpoint``: weights that others read too; None: of its own. ``groups``: where this is one rank's part of it."""
+    """A model with random weights. ``checkpoint``: shared weights; None: its own weights. ``groups``: for one rank's part of the model."""
     config = ModelConfig.from_dict(config_of(shape, layers))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     formats = choose_formats(device, dtype, [torch.bfloat16], quantize)
@@ -128,7 +128,7 @@ def random_model(
 
 
 class ServedModel:
-    """A model behind an engine in this process."""
+    """A model with an engine in this process."""
 
     def __init__(
         self,

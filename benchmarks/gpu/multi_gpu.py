@@ -29,13 +29,13 @@ from parallel.topology import Topology
 
 MOST_RANKS = 4
 PROMPTS, STEPS = (37, 5, 18), 6
-"""Tokens of three sequences, and how many steps follow."""
+"""Prompt lengths of three sequences, and the number of steps."""
 LOGITS, TOKENS = "logits of the median row, error", "tokens that differ, replayed and launched"
 
 
 @dataclass(frozen=True)
 class SeededTensor(RandomTensor):
-    """Every rank reads the same."""
+    """A random tensor seeded by its name, so that every rank reads the same values."""
 
     @cached_property
     def whole(self) -> Tensor:
@@ -50,8 +50,8 @@ class SeededTensor(RandomTensor):
 def check(results: Results, device: torch.device, *, tiny: bool) -> None:
     """
     Raises:
-        AssertionError: logits or tokens differ. All of them are made before.
-        RuntimeError: a rank was lost, or they took too long.
+        AssertionError: logits or tokens differ. Raised after everything was compared.
+        RuntimeError: a rank died, or the ranks took too long.
     """
     ranks = min(torch.cuda.device_count(), MOST_RANKS) if device.type == "cuda" else 2
     shapes = ("tiny", "tiny-moe") if tiny else ("small", "small-moe")
@@ -89,7 +89,7 @@ def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, told: "Queue
 
 
 def _said(model: Qwen2, rank: int, tokens: list[list[int]], *, cuda_graphs: bool) -> list[int]:
-    """What a runner samples behind prompts, and behind single tokens that are told: the same on all ranks, whatever was sampled."""
+    """Tokens that a runner samples after prompts and single tokens. The input tokens are fixed, whatever was sampled before."""
     sampler = Sampler(vocab_size=model.config.vocab_size, device=model.device) if rank == 0 else None
     engine_config = EngineConfig(max_running=len(PROMPTS), max_step_tokens=256, prefix_cache=False)
     runner_config = RunnerConfig(device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=1 << 24, tune_tiles=False)

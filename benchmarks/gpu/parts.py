@@ -1,4 +1,4 @@
-"""What is measured, part by part, in one process: `python -m benchmarks.gpu` runs it, again where it was lost."""
+"""The parts of the benchmark, run one by one in this process. `python -m benchmarks.gpu` starts it, and restarts it if it is lost."""
 
 import argparse
 import gc
@@ -38,12 +38,12 @@ from parallel.quantised_format import BYTES
 
 GREEDY, FILTERED = SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8, temperature=0.7)
 PENALISED = replace(FILTERED, repetition_penalty=1.05)
-"""As Qwen2's own generation_config.json has it."""
+"""The penalty of Qwen2's generation_config.json."""
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A model, and what of it is measured."""
+    """A model, and what is measured with it."""
 
     name: str
     shape: str
@@ -53,14 +53,14 @@ class ModelPart:
     rows: tuple[int, ...] = (1, 8, 32, 128)
     contexts: tuple[int, ...] = (1, 512, 6000, 14000, 30000)
     is_launched_too: bool = False
-    """Whether steps are launched as well, without graphs."""
+    """Whether steps are also measured without CUDA graphs."""
     beside: tuple[tuple[int, int, int], ...] = ()
-    """What transformers does: (sequences, tokens in, tokens out)."""
+    """Workloads for transformers: (sequences, tokens in, tokens out)."""
     num_sequences: int = 32
-    """Of each cell of W4."""
+    """Sequences in each cell of W4."""
     cells: tuple[tuple[int, int], ...] = workloads.GRID
     sequences: tuple[int, int, int] = (256, 100, 1024)
-    """W2: how many, and the least and most tokens in and out of each."""
+    """W2: number of sequences, and the least and most tokens in and out of each."""
     minutes: float = 1.5
 
 
@@ -75,7 +75,7 @@ class Bench:
         try:
             ceilings.measure(self.results, self.device, tiny=self.tiny)
         finally:
-            self.ceilings = ceilings.found_in(self.results)  # those that were
+            self.ceilings = ceilings.found_in(self.results)  # those that were measured before an error
 
     def check_kernels(self, check: str) -> None:
         run(check, Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()))
@@ -84,7 +84,7 @@ class Bench:
         whole_model.check(self.results, self.device, tiny=self.tiny)
 
     def check_replays(self, part: ModelPart) -> None:
-        graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, max_rows=64))  # a third less to capture
+        graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, max_rows=64))  # captures a third fewer graphs
 
     def compare_early(self, part: ModelPart) -> None:
         early_launches.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
@@ -143,12 +143,12 @@ class Bench:
             try:
                 for kernel, time_us, number in workloads.profile(self.results, part.name, served, rows=rows, context=context)[:14]:
                     print(f"    {time_us:9.1f} us  {number:5} x  {kernel}", flush=True)
-            except RuntimeError as error:  # no profiler on this machine: nothing else needs it
+            except RuntimeError as error:  # the profiler does not work on this machine
                 print(f"    no profile: {error}", flush=True)
 
     def forget(self) -> bool:
-        """What a part has left in memory. False if the device is lost to this process: a kernel that reads where nothing is takes it along,
-        if need be only after the part is over."""
+        """Free what a part left in memory. Returns False if the device is lost to this process: an illegal memory access of a kernel
+        breaks the CUDA context, and may only be noticed after the part."""
         try:
             gc.collect()
             if self.device.type == "cuda":
@@ -165,7 +165,7 @@ REPLAYED = {
     "replays of experts": ModelPart("57B-A14B", "57B-A14B", layers=1),
     "replays in fp8": ModelPart("7B fp8", "7B", "fp8", 2),
 }
-"""Few layers, so that what is off by a rounding is not off by many."""
+"""Few layers, so that rounding differences do not accumulate."""
 EARLY = {
     "early launches of 0.5B": ModelPart("0.5B", "0.5B"),
     "early launches of 7B": ModelPart("7B", "7B"),
@@ -219,16 +219,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 LOST = 3
-"""Exit code of a process whose device is lost to it."""
+"""Exit code if this process lost the device."""
 
 
 def is_chosen(part: str, only: list[str]) -> bool:
-    """Whether it has a word that begins like one of those wanted: 7B is not 57B-A14B."""
+    """Whether a word of the part's name starts with one of ``only``; so 7B does not select 57B-A14B."""
     return not only or any(word.startswith(wanted) for wanted in only for word in part.split())
 
 
 def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
-    """(name, minutes, what to do)."""
+    """All parts: (name, minutes, function)."""
     found: list[tuple[str, float, Callable[[], None]]] = [("ceilings", 0.5, bench.measure_ceilings)]
     found += [(f"kernels: {name}", minutes, partial(bench.check_kernels, name)) for name, (minutes, _) in CHECKS.items()]
     found.append(("kernels: all of them in whole models", 0.6, bench.check_whole))

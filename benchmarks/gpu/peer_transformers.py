@@ -1,4 +1,4 @@
-"""transformers on the same device, of the same shape, in the same call: eager, `sdpa`, a cache that grows."""
+"""transformers with the same model shape on the same device: eager mode, `sdpa` attention, growing cache."""
 
 import gc
 import statistics

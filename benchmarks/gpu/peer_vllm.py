@@ -1,11 +1,11 @@
-"""vLLM on the same device, of the same shapes and requests: W1, W2 and W4 as `benchmarks.gpu.workloads` has them.
+"""vLLM on the same device with the same model shapes and requests: W1, W2 and W4 of `benchmarks.gpu.workloads`.
 
     python -m benchmarks.gpu.peer_vllm --shape 7B --minutes 4 --out FOLDER
 
-Wants vLLM (0.24.0 is what it was written for), and neither weights nor a network. Each shape has a process of its own
-(`benchmarks.gpu.peer_vllm_parts`), which starts vLLM as it is released. Where nothing has been measured so, another one starts it with
-less (its `WAYS`), and the figures say which it was. They have the names of ours: two `gpu.json` can be put side by side. How long vLLM
-compiled and captured, and which kernels it took, is in what it prints.
+Needs vLLM (written for 0.24.0), but neither weights nor network. Each shape runs in its own process (`benchmarks.gpu.peer_vllm_parts`),
+which starts vLLM with its defaults. If that yields no figures, another process starts it with fewer features (`WAYS` there); the figures'
+names say which. Names match ours, so that two `gpu.json` can be compared. vLLM's output shows how long it compiled and captured, and
+which kernels it chose.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out or Path(tempfile.mkdtemp(prefix="manta-gpu-"))
     (out / "gpu.json").unlink(missing_ok=True)  # of another call
     deadline = time.monotonic() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what it has started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the process group is killed too
     found = [any(_measures(shape, way, rest, out, deadline) for way in ways) for shape in options.shape]
     results = Results(out, 0.0)
     results.take_up()
@@ -50,15 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measures(shape: str, way: int, rest: list[str], out: Path, deadline: float) -> bool:
-    """Whether a process that tries it has any figures."""
+    """Run one shape in a process; returns whether it added any figures."""
     left_s = max(0.0, deadline - time.monotonic())
     before = Results(out, 0.0)
     before.take_up()
     command = [sys.executable, "-m", "benchmarks.gpu.peer_vllm_parts", "--shape", shape, "--way", str(way), "--out", str(out)]
-    # A group of its own: vLLM's engine process outlives one that is ended hard, and keeps the device's memory.
+    # Its own process group: if this process is killed, vLLM's engine process would live on and keep the device's memory.
     process = subprocess.Popen([*command, "--minutes", str(left_s / 60), *rest], process_group=0)
     try:
-        # Its own watch ends it first; this one is for a process that does not even come so far.
+        # Normally the process's own watchdog ends it first; this timeout is for one that does not get that far.
         code = process.wait(left_s + 2 * HANG_S)
     except subprocess.TimeoutExpired:
         code = -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu.peer_vllm` measures, in one process: one shape, vLLM started in one way."""
+"""Measure one shape with vLLM in this process, for `benchmarks.gpu.peer_vllm`."""
 
 import argparse
 import json
@@ -20,14 +20,14 @@ from benchmarks.gpu.results import HANG_S, Results, ended_after
 from benchmarks.gpu.workloads import drawn, mixed
 
 START_S = 150.0
-"""Within which vLLM has to be ready."""
+"""Time for vLLM to become ready."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    # FlashInfer's sampler is looked for even where everything is greedy, and is not on every machine.
+    # vLLM looks for FlashInfer's sampler even for greedy sampling, and it is not installed everywhere.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
@@ -47,22 +47,22 @@ WAYS = (
     Way("vllm"),
     Way("vllm not compiled", GRAPHS_ALONE, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
 )
-"""As released: torch.compile, graphs of decoding steps and of pieces of all others, an engine process beside the one that asks. Then with
-its own fused kernels in place of Inductor's and in one process, which is quick to start and has less that can go wrong."""
+"""First with its defaults: torch.compile, CUDA graphs (full for decode steps, piecewise for others), a separate engine process. Then with
+its own fused kernels instead of Inductor's and in one process, which starts quickly and is less likely to fail."""
 
 PARTS = {part.name: part for part in (*MODELS, replace(TINY, name="small", shape="small"))}
-"""The last one to prove the script: heads as small as ours in tiny models are nothing to vLLM."""
+"""The last one only tests the script; vLLM does not support heads as small as in our tiny models."""
 
 _ids = count()
 _started: list["Peer"] = []
-"""Kept to the end: to shut down takes vLLM seconds of a device that is lent by the second."""
+"""Never shut down: that would take seconds of device time; the process just exits."""
 
 
 class Peer:
     """An engine of vLLM."""
 
     def __init__(self, part: ModelPart, way: Way, folder: Path, also: dict[str, Any]) -> None:
-        """``folder`` gets the model's configuration. ``also``: arguments of `vllm.LLM` beside and over ours."""
+        """``folder``: where to write the model's config.json. ``also``: further arguments of `vllm.LLM`, which override ours."""
         from vllm import LLM
 
         raw = config_of(part.shape, part.layers)
@@ -86,7 +86,7 @@ class Peer:
         self.engine: Any = LLM(**ours).llm_engine
 
     def submit(self, prompt: tuple[int, ...], tokens_out: int, *, streams: bool) -> None:
-        """``streams``: tokens are handed over as they come, as a server's are; otherwise together at the end, as `LLM.generate` does."""
+        """``streams``: deliver tokens as they come, like a server; otherwise all at the end, like `LLM.generate`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -98,10 +98,11 @@ class Peer:
 def closed_loop(
     results: Results, peer: Peer, requests: Sequence[tuple[int, int]], seed: int, *, streams: bool = False
 ) -> tuple[float, float, float]:
-    """All at once. Seconds, those to the first step's end, and the median gap between steps: of tokens, where one sequence streams.
+    """Run all requests at once. Returns (seconds, seconds until the first step ended, median gap between steps). For one streaming sequence
+    this is the gap between tokens.
 
     Raises:
-        RuntimeError: other numbers of tokens came than were asked for.
+        RuntimeError: the number of tokens is not the requested one.
     """
     prompts = drawn(requests, seed, peer.vocab_size)
     wanted = sum(tokens_out for _, tokens_out in requests)
@@ -122,7 +123,7 @@ def closed_loop(
 
 
 def measure(results: Results, name: str, part: ModelPart, peer: Peer, only: list[str]) -> None:
-    """``name``: under which its figures stand. ``only``: beginnings of words of ``W1 512``, ``W2``, ``W4 128/2048`` and so on."""
+    """``name``: part name of the figures. ``only``: selects workloads such as ``W1 512``, ``W2``, ``W4 128/2048`` by prefixes of words."""
     for context in part.contexts:
         if is_chosen(f"W1 {context}", only):
             request = [(context, 4 if part.name == "small" else 64)]
@@ -175,4 +176,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     ended_with = main()
     sys.stdout.flush()
-    os._exit(ended_with)  # `peer_vllm` ends what this leaves
+    os._exit(ended_with)  # `peer_vllm` kills what remains

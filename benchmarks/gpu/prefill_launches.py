@@ -17,9 +17,9 @@ from parallel.native.screened import TopLogits
 
 GREEDY = SamplingParams(temperature=0.0)
 MOST = 2e-2
-"""Of relative error of pieces; see `benchmarks.gpu.graph_replays`."""
+"""Maximum relative error of steps in pieces; see `benchmarks.gpu.graph_replays`."""
 STEPS = {"16": (0, (16,)), "64": (0, (64,)), "512": (0, (512,)), "300 of three": (0, (100, 150, 50)), "512 beside 200": (200, (512,))}
-"""Sequences that decode, and tokens of each prompt."""
+"""(number of decoding sequences, tokens of each prompt) by step name."""
 CONTEXT, FIRST_DECODING, FIRST_PROMPT_BLOCK, REPEATS = 40, 1 << 20, 1000, 7
 
 
@@ -40,7 +40,7 @@ class Prompts:
         self._runner.run(StepPlan(0, tuple(works), tuple(NewSequence(work.sequence, 0, CONTEXT, GREEDY) for work in works)))
 
     def step(self, decodes: int, lengths: tuple[int, ...]) -> float:
-        """Seconds until its tokens are known."""
+        """Run a step; returns the seconds until its tokens are known."""
         works, opened, block = [Work(FIRST_DECODING + n, CONTEXT, (7,), (), samples=True) for n in range(decodes)], [], FIRST_PROMPT_BLOCK
         for length in lengths:
             self._number += 1
@@ -79,7 +79,7 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
     """``served`` has captured nothing.
 
     Raises:
-        AssertionError: logits differ, or by more than roundings. All are made before.
+        AssertionError: logits differ, or by more than rounding. Raised after everything was compared.
     """
     from parallel.cuda import quick_launch  # triton: not to be imported where there is no such device
 

@@ -1,4 +1,4 @@
-"""Figures as they come, each beside its floor and what was expected of it: kept after every one, so that a call cut short keeps its own."""
+"""Collect figures with their floors and expectations. They are saved after every figure, so that an interrupted call keeps them."""
 
 import faulthandler
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 from benchmarks.gpu.expectations import EXPECTED
 
 HANG_S = 60.0
-"""After so many seconds beyond its time a part's process is ended. Between two figures kernels are compiled, and a model is made."""
+"""Seconds beyond a part's time limit after which its process is killed. Between two figures, kernels may compile and a model is created."""
 RATES = ("TB/s", "TFLOP/s", "tokens/s")
-"""Units of which more is better; of all others less is."""
+"""Units where more is better; for all others less is better."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Figure:
     value: float
     unit: str
     floor: float | None = None
-    """The best that this machine could do, in the same unit."""
+    """The best value possible on this machine, in the same unit."""
     expected: str = ""
 
     @property
@@ -36,11 +36,11 @@ class Figure:
 
 
 class OutOfTime(Exception):
-    """The part has had its minutes."""
+    """The part has used up its time."""
 
 
 class Results:
-    """``minutes`` bounds the whole call: a part that has begun is asked now and then whether it may go on."""
+    """``minutes`` limits the whole call; parts call `go_on` regularly to check their time."""
 
     def __init__(self, out: Path | None, minutes: float) -> None:
         self._out, self._began, self._deadline = out, time.monotonic(), time.monotonic() + 60 * minutes
@@ -49,7 +49,7 @@ class Results:
         self.failed: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.under_way: str | None = None
-        """The part that has begun and is not over."""
+        """The part that is running."""
 
     def add(self, part: str, name: str, value: float, unit: str, floor: float | None = None) -> None:
         figure = Figure(part, name, value, unit, floor, EXPECTED.get((part, name), ""))
@@ -60,32 +60,32 @@ class Results:
     def go_on(self) -> None:
         """
         Raises:
-            OutOfTime: it is enough.
+            OutOfTime: the part's time is over.
         """
         if time.monotonic() > self._part_deadline:
             raise OutOfTime("its time is over; what it has measured stands")
 
     def seconds_for(self, minutes: float) -> float:
-        """That a part of so many minutes has, if it begins now."""
+        """Seconds for a part of ``minutes`` that starts now, limited by the whole call."""
         return max(0.0, min(60 * minutes, self._deadline - time.monotonic()))
 
     def take_up(self) -> None:
-        """What a process before this one has found."""
+        """Load the results of an earlier process."""
         if self._out is not None and (self._out / "gpu.json").exists():
             found = json.loads((self._out / "gpu.json").read_text())
             self.figures = [Figure(**one) for one in found["figures"]]
             self.failed, self.seconds, self.under_way = found["failed"], found["seconds"], found["under_way"]
 
     def lose(self, code: int) -> None:
-        """The process that was at a part has ended with this exit code (below 0: by that signal). What it said itself stands."""
+        """Record that the process running a part ended with this exit code (negative: signal). A reason it recorded itself is kept."""
         assert self.under_way is not None
         self.failed.setdefault(self.under_way, f"its process was lost (exit code {code})")
         self.under_way = None
         self._save()
 
     def run(self, name: str, minutes: float, part: Callable[[], None], survives: Callable[[], bool] = lambda: True) -> bool:
-        """What goes wrong in a part is told and goes no further. Whether this process can go on, as ``survives`` says: a part's last kernel
-        may fail after the part is over, and takes the process's device along."""
+        """Run a part; an exception is recorded, not raised. Returns whether this process can go on, according to ``survives``: a part's
+        last kernel may fail after the part has returned, and break the process's CUDA context."""
         began = time.monotonic()
         self._part_deadline = began + self.seconds_for(minutes)
         print(f"--- {name} ({began - self._began:.0f} s)", flush=True)
@@ -94,7 +94,7 @@ class Results:
         try:
             self.go_on()
             part()
-        except Exception as error:  # whatever it was: the others shall have their turn
+        except Exception as error:  # any error: the other parts must still run
             self.failed[name] = f"{type(error).__name__}: {error}"
             print(traceback.format_exc()[-3000:], flush=True)
         self.seconds[name] = time.monotonic() - began
@@ -123,12 +123,12 @@ class Results:
             for name, text in (("gpu.json", json.dumps(found, indent=1)), ("gpu.md", self.table() + "\n")):
                 half = self._out / f"{name}.half"
                 half.write_text(text)
-                half.replace(self._out / name)  # whole or not at all: the process may be ended while it writes
+                half.replace(self._out / name)  # atomically: the process may be killed while it writes
 
 
 @contextmanager
 def ended_after(seconds: float) -> Iterator[None]:
-    """A process that is still in there then says where its threads stand, and ends: also one that waits in native code."""
+    """Watchdog: if the context is still open after ``seconds``, dump all threads' stacks and exit, even from native code."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Steps that are begun before the one before them is read, against one after the other: the same tokens, whatever is asked for.
+"""Check that running ahead (starting a step before the previous one's tokens are read) gives the same tokens as running step by step.
 
-Both compute the same rows with the same kernels, so no rounding is between them: what differs was read or written at the wrong time.
+Both compute the same rows with the same kernels, so rounding cannot differ: any difference is a read or write at the wrong time.
 """
 
 import random
@@ -20,7 +20,7 @@ TOKENS_IN, TOKENS_OUT = 40, 48
 
 
 def wrong_ahead(results: Results, name: str, served: ServedModel, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
-    """What is wrong with answers to so many requests at once, all of one length, so that every step has the same rows."""
+    """Errors in the answers to ``count`` concurrent requests of equal length, so that every step has the same rows."""
     draw, vocab_size = random.Random(), served.model.config.vocab_size
     requests = [
         Request(
@@ -70,7 +70,7 @@ def wrong_beside_prompts(results: Results, name: str, served: ServedModel, *, ki
 
 
 def _answers(served: ServedModel, config: EngineConfig, requests: Sequence[Request], *, at_once: bool = True) -> dict[str, list[int]]:
-    """To all at once, or each a step after the one before.
+    """The answers to all requests, submitted at once or one per step.
 
     Raises:
         RuntimeError: a request failed.

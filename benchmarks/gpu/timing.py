@@ -1,4 +1,4 @@
-"""How long a device takes: events around many runs, or the host's clock where the host does the work."""
+"""Time code on a device: with CUDA events around many runs, or with the host's clock on a CPU."""
 
 import statistics
 import time
@@ -23,9 +23,9 @@ def median_s(compute: Compute, device: torch.device, *, repeats: int = 20, warm_
     return statistics.median(before.elapsed_time(after) for before, after in pairs) / 1000
 
 
-@torch.inference_mode()  # as whoever else captures: torch keeps a tensor for all graphs of a device, of the mode that the first began in
+@torch.inference_mode()  # like other captures: torch keeps one tensor for all graphs of a device, in the mode of the first capture
 def replayed_s(compute: Compute, device: torch.device, *, launches: int = 20) -> float:
-    """One of so many runs that a graph has one after the other, so that no launch is waited for; no graph on a CPU."""
+    """Seconds per run, with ``launches`` runs captured in one CUDA graph, so that launch overhead is hidden. No graph on a CPU."""
     if device.type != "cuda":
         return median_s(compute, device)
     compute()

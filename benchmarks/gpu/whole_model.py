@@ -1,4 +1,4 @@
-"""A whole model as the device computes it, against the same weights in float32 on the CPU, in plain torch.
+"""Check a whole model on the device against the same weights in float32 on the CPU, in plain torch.
 
 T tokens of a step, V vocabulary.
 """
@@ -43,7 +43,7 @@ MOST_IN_FLOAT32 = 1e-3
 
 @dataclass(frozen=True)
 class KeptTensor(RandomTensor):
-    """Whoever reads it finds the same."""
+    """A random tensor that gives every reader the same values."""
 
     @cached_property
     def whole(self) -> Tensor:
@@ -56,7 +56,7 @@ class KeptTensor(RandomTensor):
 def check(results: Results, device: torch.device, *, tiny: bool) -> None:
     """
     Raises:
-        AssertionError: logits differ by more than roundings. Those of all models are made before.
+        AssertionError: logits differ by more than rounding. Raised after all models were compared.
     """
     wrong: list[str] = []
     kinds: tuple[QuantizeName | None, ...] = (None, "int8", "int4", "fp8") if device.type == "cuda" else (None,)
@@ -74,7 +74,7 @@ def check(results: Results, device: torch.device, *, tiny: bool) -> None:
 @torch.inference_mode()
 def _error(shape: str, kind: QuantizeName | None, device: torch.device) -> float:
     config = ModelConfig.from_dict(config_of(shape))
-    with torch.inference_mode(mode=False):  # weights are filled in by another thread
+    with torch.inference_mode(mode=False):  # another thread fills in the weights
         checkpoint = RandomCheckpoint(config, device, KeptTensor)
         model, twin = random_model(shape, device, quantize=kind, checkpoint=checkpoint), twin_of(checkpoint, config, kind)
     tokens = torch.randint(config.vocab_size, (3, STEPS[-1][1][1])).tolist()
@@ -84,7 +84,7 @@ def _error(shape: str, kind: QuantizeName | None, device: torch.device) -> float
 
 
 def twin_of(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeName | None) -> Qwen2:
-    """Rounded as `model.formats.choose_formats` has it for a device, and unpacked at every product."""
+    """The reference model: weights rounded as `model.formats.choose_formats` does for a device, and unpacked for every product."""
     plain = Dense(torch.float32)
     model, _ = load_model(
         cast(Checkpoint, checkpoint), config, single_rank_groups(), device=torch.device("cpu"), dtype=torch.float32,
@@ -95,7 +95,7 @@ def twin_of(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeNam
 
 
 def logits_of_steps(model: Qwen2, tokens: list[list[int]]) -> Tensor:
-    """(T of all steps, V): behind every token."""
+    """Logits after every token of all steps, (T, V)."""
     cache, tables, found = KvCache(model.kv_layout, NUM_BLOCKS, model.device), BlockTables(), []
     for sequence in range(3):
         tables.open(sequence)
@@ -114,5 +114,5 @@ def logits_of_steps(model: Qwen2, tokens: list[list[int]]) -> Tensor:
 
 
 def _blocks(sequence: int) -> tuple[int, ...]:
-    """Of its own, in no order."""
+    """The sequence's own blocks, in arbitrary order."""
     return {0: (11, 2, 7), 1: (0, 14, 3, 9, 1, 8, 6, 12, 4), 2: (5,)}[sequence]

@@ -1,4 +1,4 @@
-"""W1, W2 and W4 of the protocol (shared/performance.md, section 4), in process: token ids in, no stop but the length, greedy."""
+"""W1, W2 and W4 of the protocol (shared/performance.md, section 4), in process: token ids as prompts, fixed output length, greedy."""
 
 import random
 import statistics
@@ -25,9 +25,9 @@ GRID = ((128, 128), (128, 2048), (1000, 1000), (2048, 128), (5000, 500))
 def steps(
     results: Results, part: str, served: ServedModel, floors: Floors, *, rows: Sequence[int], context: int, kind: SamplingParams
 ) -> None:
-    """A step of so many sequences behind contexts of so many tokens: as the engine takes it, and the model's launches alone.
+    """Time decode steps with ``rows`` sequences after ``context`` tokens: the whole step, and the model's graph alone.
 
-    Keys and values are whatever lies in the cache, and no prompt is computed.
+    No prompt is computed; keys and values are whatever the cache contains.
     """
     name = ("greedy" if kind.temperature == 0 else f"top-k {kind.top_k}") + ", penalised" * kind.penalises
     for number_of_rows in rows:
@@ -48,7 +48,7 @@ def steps(
 
 
 def _decoding(served: ServedModel, rows: int, context: int, kind: SamplingParams, num_steps: int = 23) -> list[StepPlan]:
-    """Plans by which so many sequences go on, behind contexts that nobody computed. Blocks are shared where there are too few."""
+    """Plans of decode steps after contexts that were never computed. Sequences share blocks if there are too few."""
     blocks_each = served.runner.capacity.blocks_for(context + num_steps)
     total = served.runner.capacity.num_blocks
 
@@ -65,13 +65,13 @@ def _decoding(served: ServedModel, rows: int, context: int, kind: SamplingParams
 
 
 def drawn(requests: Sequence[tuple[int, int]], seed: int, vocab_size: int) -> list[tuple[int, ...]]:
-    """Prompts of requests (tokens in, tokens out)."""
+    """Random prompts for requests (tokens in, tokens out)."""
     draw = random.Random(seed)
     return [tuple(draw.randrange(vocab_size) for _ in range(tokens_in)) for tokens_in, _ in requests]
 
 
 def mixed(sequences: int, least: int, most: int) -> list[tuple[int, int]]:
-    """W2's requests: as many tokens in and out, evenly between two numbers."""
+    """W2's requests: tokens in and out, uniform between ``least`` and ``most``."""
     draw = random.Random(2)
     return [(draw.randint(least, most), draw.randint(least, most)) for _ in range(sequences)]
 
@@ -142,7 +142,7 @@ def grid(
 
 
 def profile(results: Results, part: str, served: ServedModel, *, rows: int, context: int) -> list[tuple[str, float, int]]:
-    """Where a step's time goes: (kernel, microseconds a step, launches a step), the longest first."""
+    """Profile of a step: (kernel, microseconds per step, launches per step), longest first."""
     plans = _decoding(served, rows, context, SamplingParams(temperature=0.0))
     for plan in plans[:3]:
         served.runner.run(plan)

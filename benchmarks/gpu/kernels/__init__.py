@@ -1,1 +1,1 @@
-"""Every kernel against float64, one file for each kind of them: see `checks.py`, and `registry.py` for their names."""
+"""Check every kernel against float64, one file per kind of kernel: see `checks.py`, and `registry.py` for their names."""

@@ -1,4 +1,4 @@
-"""Attention as a step has it: turned and written by kernels, then read.
+"""Check attention as in a step: rotary embedding, write to the KV cache, then attention.
 
 T rows, H query heads, G KV heads, K head width, L tokens of a context, the last P of them in a step.
 """
@@ -35,7 +35,7 @@ def decode(checks: Checks) -> None:
 
 
 def few(checks: Checks) -> None:
-    """A few new tokens behind long contexts, as guessed ones are: read once for all of them, and cut into parts."""
+    """A few new tokens after long contexts, as in speculative decoding: KV is read once for all of them, and split into parts."""
     for heads in checks.sizes.heads:
         for kv_dtype in _kv_dtypes(checks):
             attend(checks, list(checks.sizes.few), heads, kv_dtype)
@@ -63,7 +63,7 @@ def prefill(checks: Checks) -> None:
 
 
 def flashinfer(checks: Checks) -> None:
-    """As our own kernel is judged, where it is installed; and how fast both are with a long prompt."""
+    """The same checks for FlashInfer, if it is installed, and the speed of both with a long prompt."""
     if checks.device.type != "cuda" or find_spec("flashinfer") is None:
         return
     from model.attention.cuda import CudaAttention
@@ -81,8 +81,8 @@ def flashinfer(checks: Checks) -> None:
 def attend(
     checks: Checks, works: list[tuple[int, int]], heads: Heads, kv_dtype: torch.dtype, kind: "type[CudaAttention] | None" = None
 ) -> None:
-    """What the kernels wrote for works (behind, new) is judged by what they were given; nothing that is wanted is read from where they
-    write. ``kind`` of backend: None is our own."""
+    """Check keys, values and attention for works (tokens in the cache, new tokens). Expected values are computed from the inputs only, not
+    read from where the kernels write. ``kind``: backend; None: our own."""
     one = attention_case(checks, works, heads, kv_dtype, kind)
     num_heads, num_kv_heads, _ = heads
     turned = _turned(one.fused[:, : num_heads + num_kv_heads].double(), one.rotation)
@@ -104,7 +104,7 @@ def attend(
     errors = [error_of(found[mine], wanted[mine]) for mine in parts]
     worst = max(range(len(works)), key=lambda number: errors[number] if errors[number] == errors[number] else math.inf)
     behind, new = works[worst]
-    # Of one norm over all of them a short context, whose numbers are the largest, would hide what is wrong with a long one.
+    # Judge each context separately: in one norm over all, a short context with its larger values would hide errors in a long one.
     checks.judge(f"{name}, worst of {len(works)} contexts", found[parts[worst]], wanted[parts[worst]], where=f" at {new} behind {behind}")
 
 
@@ -124,7 +124,7 @@ def _attended(q_PHK: Tensor, k_LGK: Tensor, v_LGK: Tensor) -> Tensor:
 
 
 def _as_kept(checks: Checks, new: Tensor, kv_dtype: torch.dtype) -> Tensor:
-    """In float64 what a cache in FP8 keeps of it. Other roundings are within what is allowed."""
+    """The values in float64, rounded to FP8 if the cache is FP8. Other rounding is within the tolerance."""
     return new.to(checks.dtype).to(FP8).double() if kv_dtype == FP8 else new
 
 
@@ -133,7 +133,7 @@ def _kv_dtypes(checks: Checks) -> list[torch.dtype]:
 
 
 def _turned(x_TXK: Tensor, rotation: Rotation) -> Tensor:
-    """As `Rotation.apply` by no kernel, in float64."""
+    """`Rotation.apply` in float64, without a kernel."""
     first, second = x_TXK.chunk(2, -1)
     cos, sin = rotation.cos_T1F.double(), rotation.sin_T1F.double()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

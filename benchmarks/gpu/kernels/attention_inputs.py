@@ -1,4 +1,4 @@
-"""What attention is given where it is checked: a batch of random works, over a cache in which nobody's blocks hold NaN.
+"""Random inputs for checks of attention: a batch of works, and a KV cache whose unused blocks contain NaN.
 
 T rows, H query heads, G KV heads, K head width, S works, M the most blocks of a work.
 """
@@ -27,7 +27,7 @@ Heads = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """Attention over a batch, and all that it is given."""
+    """Attention over a batch, with all of its inputs."""
 
     run: Callable[[], Tensor]
     fused: Tensor
@@ -37,16 +37,16 @@ class AttentionCase:
     values: Tensor
     tables: Tensor
     slots: Tensor
-    """(T): where the new tokens' keys and values go."""
+    """(T): slots of the new tokens' keys and values."""
     starts: list[int]
-    """Where each work's tokens begin."""
+    """Index of each work's first token."""
 
 
 def attention_case(
     checks: Checks, works: list[tuple[int, int]], heads: Heads, kv_dtype: torch.dtype, kind: "type[CudaAttention] | None" = None
 ) -> AttentionCase:
-    """Works (behind, new) by a ``kind`` of backend, None being our own. Blocks lie in random order; nobody's hold NaN, and so do the new
-    tokens' slots."""
+    """Inputs for works (tokens in the cache, new tokens) and a backend ``kind`` (None: our own). Blocks are in random order; unused blocks
+    and the new tokens' slots contain NaN."""
     from model.attention.cuda import CudaAttention
 
     num_heads, num_kv_heads, head_dim = heads
@@ -80,7 +80,7 @@ def attention_case(
 
 
 def _batch(device: torch.device, works: list[tuple[int, int]]) -> tuple[ForwardBatch, list[int]]:
-    """Of works (behind, new), and two blocks that are nobody's: the first, and one among the others."""
+    """A batch of works (tokens in the cache, new tokens), and two unused blocks: the first one, and one among the others."""
     counts = [-(-(behind + new) // BLOCK_TOKENS) for behind, new in works]
     order = torch.randperm(sum(counts) + 1) + 1
     tables_SM = pad_sequence(list(order[: sum(counts)].split(counts)), batch_first=True).int()

@@ -1,6 +1,5 @@
-"""Every kernel against float64: random inputs drawn anew in every call, outputs poisoned before, at the sizes of Qwen2; and how fast it is.
-
-Here is what the checks of all kinds of kernels share.
+"""Shared parts of the kernel checks. Every kernel is compared with float64, at Qwen2's sizes, with new random inputs in every call and
+outputs filled with NaN before; and it is timed.
 """
 
 import warnings
@@ -18,7 +17,7 @@ from benchmarks.gpu.timing import replayed_s
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is checked: those of Qwen2 on a device, tiny ones where an interpreter stands in for it."""
+    """Sizes to check: those of Qwen2 on a device, tiny ones (`TINY`) in Triton's interpreter."""
 
     heads: Sequence[tuple[int, int, int]] = ((28, 4, 128), (14, 2, 64), (64, 8, 128))
     contexts: Sequence[int] = (1, 15, 16, 17, 640, 5000)
@@ -46,45 +45,45 @@ TINY = Sizes(
 
 
 class Checks:
-    """On one device. On a CPU Triton's interpreter must be on, and floats have 32 bits: it has no bfloat16."""
+    """Checks on one device. On a CPU, Triton's interpreter must be enabled, and dtype is float32: it does not support bfloat16."""
 
     def __init__(self, results: Results, device: torch.device, ceilings: Ceilings, sizes: Sizes) -> None:
         self.results, self.device, self.ceilings, self.sizes = results, device, ceilings, sizes
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.most = 1e-2 if device.type == "cuda" else 1e-4
-        """Of relative error: roundings of bfloat16 add up to between 1e-3 and 1e-2."""
+        """Maximum relative error: bfloat16 rounding adds up to between 1e-3 and 1e-2."""
         self.wrong: list[str] = []
-        """What was found to be so: it does not keep the rest from being seen."""
+        """Errors so far. They are reported at the end, so that one error does not stop the other checks."""
 
     def random(self, *shape: int) -> Tensor:
-        """Normal numbers on the device."""
+        """Normally distributed numbers on the device."""
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     def judge(self, name: str, found: Tensor, wanted: Tensor, most: float | None = None, where: str = "") -> None:
-        """Note the error of what a kernel gave, and whether it is more than ``most``. ``wanted`` is in float64."""
+        """Record the error of a kernel's output, and whether it exceeds ``most``. ``wanted`` is in float64."""
         error = error_of(found, wanted)
         self.results.add("kernels", f"{name}: error", error, "relative")
         self.expect(error < (most or self.most), f"{name}{where} is wrong by {error:.2g}")  # NaN is not below anything
 
     def expect(self, holds: bool, otherwise: str) -> None:
-        """Note what is wrong where it does not hold."""
+        """Record the error ``otherwise`` if the condition does not hold."""
         if not holds:
             self.wrong.append(otherwise)
 
     def timed(self, name: str, compute: Callable[[], object], num_bytes: int) -> None:
-        """Note how many bytes a second it reads and writes."""
+        """Record the bandwidth, in bytes read and written per second."""
         rate = num_bytes / replayed_s(compute, self.device)
         self.results.add("kernels", name, rate / 1e12, "TB/s", self.ceilings.read_bytes_per_s / 1e12)
 
 
 def error_of(found: Tensor, wanted: Tensor) -> float:
-    """Relative, in the norm."""
+    """Relative error in the L2 norm."""
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, or the largest integer, so that what a kernel leaves out is seen."""
+    """New tensors contain NaN or the largest integer, so that elements that a kernel does not write are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings(action="ignore"):

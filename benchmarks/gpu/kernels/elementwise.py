@@ -1,4 +1,4 @@
-"""Norms, and the gate of an MLP."""
+"""Check norms and the MLP's SwiGLU."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Routed experts, plain and rounded, and who is chosen."""
+"""Check routed experts, plain and quantised, and the routing."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from benchmarks.gpu.kernels.products import as_multiplied, whole
 from parallel.quantised_format import Kind, QuantisedFormat
 
 FP8_EXPERTS_MOST = 5e-2
-"""Of relative error: where an activation in between is rounded to its neighbour in bfloat16, FP8 rounds some of them by a step more."""
+"""Maximum relative error: where an intermediate activation rounds to another bfloat16 neighbour, FP8 may round it by one more step."""
 
 
 def experts(checks: Checks) -> None:

@@ -1,4 +1,4 @@
-"""Products with rounded matrices. T rows, N outputs, K inputs."""
+"""Check products with quantised matrices. T rows, N outputs, K inputs."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from parallel.quantisation import quantise_fp8
 from parallel.quantised_format import Kind, QuantisedFormat, unpack
 
 ROTATED_BYTES = 256 << 20
-"""Read in turn, so that no run finds in the cache what the one before read: four times an H200's."""
+"""Bytes of matrix copies that are read in turn, so that no run hits data in the L2 cache: four times an H200's cache."""
 
 
 def rounded(checks: Checks) -> None:
@@ -30,7 +30,7 @@ def rounded(checks: Checks) -> None:
 
 
 def _in_turn(checks: Checks, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
-    """Products with so many copies of a matrix that none stays in the cache, and all bytes of them."""
+    """Products with enough copies of a matrix that none stays in the cache, and the bytes of all copies."""
     from parallel.cuda.quantised_matmul import multiply
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -40,12 +40,12 @@ def _in_turn(checks: Checks, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Cal
 
 
 def whole(tensors: dict[str, Tensor], num_inputs: int) -> Tensor:
-    """The matrix (N, K) in float64 that a plain or a rounded form stands for."""
+    """The matrix (N, K) of a plain or quantised format in float64."""
     return tensors["weight"].double() if "weight" in tensors else unpack(tensors).double()[:, :num_inputs]
 
 
 def as_multiplied(kind: Kind | None, x_TK: Tensor) -> Tensor:
-    """Rows in float64 as a product with such a matrix takes them."""
+    """The input rows in float64, rounded as for a product with such a matrix."""
     if kind != "fp8":
         return x_TK.double()
     numbers_TK, scales_T = quantise_fp8(x_TK)

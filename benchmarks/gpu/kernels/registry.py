@@ -1,4 +1,4 @@
-"""Which kernels are checked, and for how long."""
+"""The kernel checks and their time limits."""
 
 from collections.abc import Callable
 
@@ -24,15 +24,16 @@ CHECKS: dict[str, tuple[float, Callable[[Checks], None]]] = {
     "undecided": (0.3, undecided),
     "edits": (0.3, edits),
 }
-"""With the minutes that each may take, compiling included. Each is a part of its own: one that loses the device loses none of the rest."""
+"""Name to (time limit in minutes including compilation, check). Each check is its own part, so that one that loses the device does not stop
+the others."""
 
 
 def run(name: str, checks: Checks) -> None:
-    """One of `CHECKS`. What is wrong in it does not keep the rest of it from being seen.
+    """Run one of `CHECKS`. An error in it does not stop the rest of the check.
 
     Raises:
-        AssertionError: what was wrong.
-        OutOfTime: it took too long, and nothing was wrong up to there.
+        AssertionError: all errors.
+        OutOfTime: it took too long, without errors so far.
     """
     try:
         CHECKS[name][1](checks)

@@ -1,4 +1,4 @@
-"""Noise, sampling, rows that few candidates do not decide, and what edits logits. R rows, V vocabulary, W words of 32 bits."""
+"""Check random noise, sampling, rows that need the full distribution, and logit edits. R rows, V vocabulary, W words of 32 bits."""
 
 import random
 from dataclasses import replace
@@ -25,7 +25,7 @@ DRAWN = {
     "top-p 0.5": SamplingParams(top_p=0.5, temperature=0.3),
     "large nuclei": SamplingParams(top_p=0.97, temperature=2.5),
 }
-"""Rows whose drawing is timed."""
+"""Sampling parameters that are timed."""
 
 
 def noise(checks: Checks) -> None:
@@ -39,7 +39,7 @@ def noise(checks: Checks) -> None:
 
 
 def sampling(checks: Checks) -> None:
-    """The same tokens on the device as on a CPU, of the same logits."""
+    """The device must sample the same tokens as a CPU from the same logits."""
     cpu, draw = torch.device("cpu"), random.Random()
     params = [SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8), SamplingParams(top_p=0.9), SamplingParams()]
     logits = (torch.randn(32, checks.sizes.vocab_size) * 3).to(checks.dtype)
@@ -56,7 +56,7 @@ def sampling(checks: Checks) -> None:
 
 
 def undecided(checks: Checks) -> None:
-    """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
+    """Rows that are sampled from the full distribution in place: compare with sorting on the CPU, and time them."""
     from parallel.cuda.sampling_full_vocab import draw_full_vocab
 
     count, width = checks.sizes.undecided, checks.sizes.vocab_size
@@ -82,7 +82,7 @@ def undecided(checks: Checks) -> None:
 
 
 def edits(checks: Checks) -> None:
-    """To the bit, against plain torch on a CPU."""
+    """Logit edits must equal plain torch on a CPU bit for bit."""
     width, generator = checks.sizes.vocab_size, torch.Generator().manual_seed(random.getrandbits(32))
     params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((7, 3.0), (9, -100.0)))
     for count in checks.sizes.rows:
@@ -108,7 +108,7 @@ def edits(checks: Checks) -> None:
 
 
 def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int) -> None:
-    """Of a captured step, with logits as flat as no model's."""
+    """Time the sampling kernels of a captured step, with logits flatter than any model's."""
     from parallel.cuda.sampling import draw
 
     checks.results.go_on()
