@@ -1,4 +1,4 @@
-"""Compare steps with and without early launches (`runner.early_launches`: a kernel starts while the previous one ends): equal bits, and times."""
+"""Compare steps with and without early launches (`runner.early_launches`: a kernel starts while the last one ends): bits and times."""
 
 import random
 
