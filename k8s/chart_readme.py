@@ -1,4 +1,4 @@
-"""Writes the table of values in the chart's README from the comments in values.yaml: `python k8s/chart_readme.py`. A test compares."""
+"""Generate the table of values in the chart's README from the comments in values.yaml: `python k8s/chart_readme.py`. A test compares."""
 
 import re
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ BEGIN, END = "<!-- values: written by python k8s/chart_readme.py -->\n", "<!-- e
 
 
 def rows(values: str) -> Iterator[tuple[str, str, str]]:
-    """(path, default, what it is) of every line that has a comment.
+    """(path, default, description) of every line with a comment.
 
     Raises:
-        ValueError: a setting has none, and is no section of settings either.
+        ValueError: a value has no comment.
     """
     path: list[str] = []
     for number, line in enumerate(values.splitlines(), 1):
@@ -30,7 +30,7 @@ def rows(values: str) -> Iterator[tuple[str, str, str]]:
 
 
 def readme(text: str, values: str) -> str:
-    """``text`` with its table made again."""
+    """``text`` with its table regenerated."""
     before, _, rest = text.partition(BEGIN)
     table = "".join(f"| `{path}` | `{default}` | {says} |\n" for path, default, says in rows(values))
     return f"{before}{BEGIN}| Value | Default | What it is |\n|---|---|---|\n{table}{END}{rest.partition(END)[2]}"

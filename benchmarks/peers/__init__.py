@@ -1,1 +1,1 @@
-"""One file for each peer: `python -m benchmarks.peers.<name> CHECKPOINT FORMAT TOKENS_OUT [CELL ...]` in that peer's environment."""
+"""Other engines, a module each: run `python -m benchmarks.peers.<name> CHECKPOINT FORMAT TOKENS_OUT [WORKLOAD ...]` in its environment."""

@@ -27,21 +27,21 @@ NAMES = {
 }
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")
-"""Held in float32 there."""
+"""Tensors that are float32 in GGUF."""
 EMBEDDING = "model.embed_tokens.weight"
 TOP = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 
 
 def converted(checkpoint: Path, form: str, head: str | None = None, into: Path | None = None) -> Path:
-    """The checkpoint as a GGUF file without a vocabulary, written beside it (or ``into`` a folder) once. ``head``: the form of embedding
-    and head, if another."""
+    """The checkpoint as a GGUF file without vocabulary, written once, next to it or into the folder ``into``. ``head``: format of embedding
+    and head, if it differs from ``form``."""
     target = (into or checkpoint) / f"{form}.gguf"
     if target.exists():
         return target
     import json
 
     import gguf
-    from safetensors import safe_open  # with torch, which the peers' environment need not have
+    from safetensors import safe_open  # needs torch, which the other engines' environment may lack
 
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(target.with_suffix(".part"), config["model_type"].replace("_", ""))
@@ -64,7 +64,7 @@ def converted(checkpoint: Path, form: str, head: str | None = None, into: Path |
     of_layers = gguf.GGMLQuantizationType[FORMATS[form]]
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
         targets = _by_target(tensors.keys())
-        if "num_experts" in config:  # its reader has no tied head for these, and holds the matrix twice
+        if "num_experts" in config:  # llama.cpp does not support tied embeddings for this architecture, so the matrix is stored twice
             targets.setdefault(TOP["lm_head.weight"], [EMBEDDING])
         for name, parts in targets.items():
             array = np.stack([tensors.get_tensor(part).float().numpy() for part in parts])
@@ -83,7 +83,7 @@ def converted(checkpoint: Path, form: str, head: str | None = None, into: Path |
 
 
 def _by_target(names: Iterable[str]) -> dict[str, list[str]]:
-    """The checkpoint's tensors by the tensor they become; of experts many become one, in order."""
+    """GGUF tensor name to the checkpoint's tensors that it is made of: several for experts, in order."""
     found: dict[str, dict[int, str]] = {}
     for name in names:
         if name in TOP:
@@ -116,7 +116,7 @@ class LlamaCpp:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         shared = 0
         if len(prompts) > 1 and prompts[0][:1024] == prompts[1][:1024] and len(prompts[0]) > 1024:
-            shared = 1024  # computed once and copied, as its server would
+            shared = 1024  # computed once and copied, as llama.cpp's server does
             self._decode([(0, i, token, False) for i, token in enumerate(prompts[0][:shared])])
             for sequence in range(1, len(prompts)):
                 self.api.llama_memory_seq_cp(self.api.llama_get_memory(self.context), 0, sequence, 0, shared)

@@ -17,16 +17,16 @@ from benchmarks.workloads import VOCAB_SIZE, measure, workloads
 
 FORMATS = ("int8", "int4")
 SETTINGS = ("accuracy_level=4", "block_size=32", "prune_lm_head=true", "shared_embeddings=true", "hf_token=false")
-"""Activations in 8 bits, a scale to 32 weights, the head for the last token only and one matrix for it and the embedding."""
+"""8-bit activations, a scale per 32 weights, logits for the last token only, and one matrix shared by head and embedding."""
 
 
 def converted(checkpoint: Path, form: str) -> Path:
-    """A folder with ONNX Runtime's model, made once."""
+    """Folder with the model converted for ONNX Runtime; created once."""
     target = checkpoint / f"onnxruntime-{form}"
     if (target / "genai_config.json").exists():
         return target
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
-    logging.disable(logging.INFO)  # a line for each node of the graph
+    logging.disable(logging.INFO)  # suppresses a line per graph node
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def converted(checkpoint: Path, form: str) -> Path:
     source.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (source / name).symlink_to((checkpoint / name).resolve())
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"t": 0}, "t"))).save_pretrained(source)  # it wants one
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"t": 0}, "t"))).save_pretrained(source)  # a tokenizer is required
     places = ("", str(source), str(scratch), form, "cpu", str(source))
     create_model(*places, **parse_extra_options(*places, list(SETTINGS)))
     shutil.rmtree(source)

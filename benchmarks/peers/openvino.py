@@ -18,12 +18,12 @@ from benchmarks.peers.llama_cpp import converted as gguf_of
 from benchmarks.workloads import measure, workloads
 
 FILE_TYPES = {"bf16": 1, "int8": 7, "int4": 2}
-"""`general.file_type`: mostly F16 (it reads no bfloat16), Q8_0, Q4_0."""
+"""`general.file_type`: mostly F16 (its reader does not support bfloat16), Q8_0, Q4_0."""
 VOCAB_SIZE = 151_936
 
 
 def converted(checkpoint: Path, form: str) -> Path:
-    """A folder with OpenVINO's model, made once."""
+    """Folder with the model converted for OpenVINO; created once."""
     target = checkpoint / f"openvino-{form}"
     if (target / "openvino_model.xml").exists():
         return target
@@ -115,7 +115,7 @@ class OpenVino:
 
 
 def _keep_last_logits(model: "openvino.Model") -> None:  # type: ignore[name-defined]  # noqa: F821
-    """The head multiplies the last position only, as GenAI has it."""
+    """Compute logits for the last position only, as OpenVINO GenAI does."""
     import openvino
     from openvino import opset13
 

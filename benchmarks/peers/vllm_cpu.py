@@ -36,7 +36,7 @@ QUANTIZATION = {
 
 
 def converted(checkpoint: Path, form: str) -> Path:
-    """The checkpoint itself for bf16; for int8 a folder with its layers' matrices in W8A8, made once."""
+    """The checkpoint itself for bf16; for int8, a folder with the layers' matrices in W8A8, created once."""
     if form == "bf16":
         return checkpoint
     assert form == "int8", "vLLM is measured with plain weights and in W8A8"
@@ -51,7 +51,7 @@ def converted(checkpoint: Path, form: str) -> Path:
     scratch.mkdir()
     tensors = {}
     with safe_open(checkpoint / "model.safetensors", "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118  # it is no dictionary
+        for name in stored.keys():  # noqa: SIM118  # not a dictionary
             tensor = stored.get_tensor(name)
             if name.endswith("_proj.weight"):
                 scale = tensor.float().abs().amax(1, keepdim=True) / 127

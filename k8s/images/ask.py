@@ -24,12 +24,12 @@ def over_http(base: str, model: str, key: str | None) -> str:
 
 
 def contents(file: Path) -> bytes | None:
-    """None where there is no such file: a Secret whose certificate a public authority signed has no ca.crt."""
+    """The file's content; None if it does not exist: a Secret with a certificate from a public CA has no ca.crt."""
     return file.read_bytes() if file.exists() else None
 
 
 def over_grpc(endpoint: str, model: str, key: str | None, tls: Path | None) -> str:
-    """``tls``: folder with ca.crt, tls.crt and tls.key, as a Secret has them; the certificate is shown too, if the server asks."""
+    """``tls``: folder with ca.crt, tls.crt and tls.key, as in a TLS Secret; also used as client certificate if the server requests one."""
     authority, chain, private = (contents(tls / name) if tls else None for name in ("ca.crt", "tls.crt", "tls.key"))
     with Client(
         endpoint,

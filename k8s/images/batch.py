@@ -1,7 +1,7 @@
-"""Answer a file of requests on a cluster of its own: the entry point of the chart's RayJob.
+"""Run a batch file on a dedicated cluster: the entry point of the chart's RayJob.
 
-Lines in, lines out, as OpenAI's batch files have them: {"custom_id", "url", "body"} to {"custom_id", "response": {"status_code",
-"body"}, "error"}. What the output has already is not asked again, so a job that was cut off goes on where it was.
+Input and output lines are those of OpenAI's batch files: {"custom_id", "url", "body"} to {"custom_id", "response": {"status_code",
+"body"}, "error"}. Requests that the output already has are skipped, so an interrupted job can be resumed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RETRIABLE = (429, 500, 502, 503)
 
 
 def answer(base: str, line: Line, timeout_s: float) -> Line:
-    """One request's line of output; what the server could not do for now is tried again."""
+    """The output line of one request. Temporary failures are retried."""
     for attempt in range(TRIES):
         status, body = post(f"{base}{line['url']}", line["body"], timeout_s)
         if status not in RETRIABLE:
@@ -45,10 +45,10 @@ def post(url: str, body: Line, timeout_s: float) -> tuple[int, Line]:
 
 
 def requests(file: Path, done: set[str]) -> Iterator[Line]:
-    """Lines that are still to be answered.
+    """Lines without an answer yet.
 
     Raises:
-        ValueError: one is no request, with its number.
+        ValueError: a line is not a request; the message has its number.
     """
     for number, text in enumerate(file.read_text().splitlines(), 1):
         if not text.strip():
@@ -61,7 +61,7 @@ def requests(file: Path, done: set[str]) -> Iterator[Line]:
 
 
 def answered(file: Path) -> set[str]:
-    """What an earlier run wrote; a last line that was cut off is dropped."""
+    """``custom_id`` of the lines that an earlier run wrote. Removes a last line that is incomplete."""
     if not file.exists():
         return set()
     text = file.read_text()
@@ -72,7 +72,7 @@ def answered(file: Path) -> set[str]:
 
 
 def run(base: str, source: Path, target: Path, *, concurrency: int, timeout_s: float) -> int:
-    """Answer all; the number of requests that failed."""
+    """Answer all requests; returns the number that failed."""
     num_failed = 0
     with target.open("a") as out, ThreadPoolExecutor(concurrency) as pool:
         running: set[Future[Line]] = set()
@@ -95,7 +95,7 @@ def run(base: str, source: Path, target: Path, *, concurrency: int, timeout_s: f
 
 
 def serve(config: Path, base: str, wait_s: float) -> None:
-    """Deploy on the cluster that this runs on, and wait until every model answers."""
+    """Deploy on this cluster, and wait until every model is ready."""
     subprocess.run(["serve", "deploy", str(config)], check=True)  # noqa: S603, S607  (Ray's own command, of the image)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:

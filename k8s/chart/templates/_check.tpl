@@ -1,4 +1,4 @@
-{{/* What no schema can say: settings that contradict each other. Each sentence says what would do. Included by rayservice.yaml. */}}
+{{/* Checks that a JSON schema cannot express: values that contradict each other. Each message says what to change. Included by rayservice.yaml. */}}
 
 {{- define "manta.check" -}}
 {{- include "manta.checkName" . -}}
@@ -69,7 +69,7 @@ gpus: {{ ternary 0.0 (mulf $ranks $entry.resources.gpus) (eq $device "cpu") }}
 least: {{ ternary (int $entry.replicas.min) 1 (hasKey $entry.replicas "min") }}
 {{- end -}}
 
-{{/* Does a replica fit on the hosts of its group? */}}
+{{/* Check that a replica fits on the hosts of its worker group. */}}
 {{- define "manta.checkLayout" -}}
 {{- $sizes := include "manta.sizes" . | fromYaml -}}
 {{- $tensor := int $sizes.tensor -}}
@@ -171,7 +171,7 @@ least: {{ ternary (int $entry.replicas.min) 1 (hasKey $entry.replicas "min") }}
 {{- end -}}
 {{- end -}}
 
-{{/* How clients get in, and where models are kept. */}}
+{{/* Checks of client access, and of where models are stored. */}}
 {{- define "manta.checkWays" -}}
 {{- $values := .Values -}}
 {{- if and $values.ingress.enabled (not $values.ingress.hosts) -}}{{- fail "ingress.enabled: set ingress.hosts to at least one name" -}}{{- end -}}

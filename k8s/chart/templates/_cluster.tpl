@@ -1,4 +1,4 @@
-{{/* The Ray cluster: head, fronts, GPU hosts. A RayService and a RayJob have the same one. */}}
+{{/* The Ray cluster: head, fronts, GPU hosts. Used by both the RayService and the RayJob. */}}
 
 {{- define "manta.rayCluster" -}}
 rayVersion: {{ .Values.ray.version | quote }}
@@ -71,12 +71,12 @@ gcsFaultToleranceOptions:
 {{- end }}
 {{- end -}}
 
-{{/* Bytes. No tokens or weights pass through it; Ray by itself would take a third of the pod's memory, and want it in /dev/shm. */}}
+{{/* Object store memory in bytes. No tokens or weights pass through it; Ray's default is a third of the pod's memory, in /dev/shm. */}}
 {{- define "manta.objectStore" -}}
 "268435456"
 {{- end -}}
 
-{{/* Serves nothing and has no room for replicas; its proxy is the one place from which metrics are scraped. */}}
+{{/* The head serves no clients and has no room for replicas. Metrics are scraped from its proxy. */}}
 {{- define "manta.head" -}}
 rayStartParams:
   num-cpus: "0"
@@ -197,7 +197,7 @@ template:
       {{- include "manta.volumes" (dict "root" . "shmSize" "1Gi" "cached" false) | nindent 6 }}
 {{- end -}}
 
-{{/* .root, .group: hosts of one kind. A group's replica is hostsPerReplica pods, which come and go together. */}}
+{{/* A worker group (.root, .group). A replica of the group is hostsPerReplica pods, which are created and deleted together. */}}
 {{- define "manta.workers" -}}
 {{- $values := .root.Values -}}
 {{- $group := .group -}}
@@ -274,7 +274,7 @@ template:
       {{- include "manta.volumes" (dict "root" .root "shmSize" ($group.shmSize | default "16Gi") "cached" true) | nindent 6 }}
 {{- end -}}
 
-{{/* What a host asks for: as given, else 4 CPUs and 32 GiB for each GPU; and its GPUs and RDMA devices. */}}
+{{/* Resources of a host: as given, else 4 CPUs and 32 GiB per GPU; plus its GPUs and RDMA devices. */}}
 {{- define "manta.workerResources" -}}
 {{- $gpus := .gpusPerHost | default 0 | int -}}
 {{- $memory := printf "%dGi" (mul 32 (max 1 $gpus)) -}}
@@ -290,7 +290,7 @@ template:
 {{- toYaml $resources -}}
 {{- end -}}
 
-{{/* Kueue keeps the hosts of a group within one domain of the cluster's topology. */}}
+{{/* Annotation for Kueue to keep the hosts of a group within one topology domain. */}}
 {{- define "manta.topology" -}}
 {{- if .root.Values.kueue.queueName -}}
 {{- with .group.topology -}}

@@ -1,6 +1,6 @@
-{{/* The settings of the server: `config`, what `models` say, and what follows from being on Kubernetes. */}}
+{{/* The server's settings: `config`, settings from `models`, and settings that running on Kubernetes implies. */}}
 
-{{/* Where a pod finds what a source names. */}}
+{{/* The location of a source inside a pod. */}}
 {{- define "manta.place" -}}
 {{- if hasPrefix "pvc://" . -}}{{- printf "/claims/%s" (trimPrefix "pvc://" .) -}}{{- else -}}{{- . -}}{{- end -}}
 {{- end -}}
@@ -24,7 +24,7 @@
 {{- toYaml (mergeOverwrite $entry (deepCopy ($model.settings | default dict))) -}}
 {{- end -}}
 
-{{/* As ServeConfig has them; one replica where nothing is said. */}}
+{{/* Replicas as in ServeConfig; one replica by default. */}}
 {{- define "manta.replicas" -}}
 {{- $replicas := .replicas | default dict -}}
 {{- $min := ternary ($replicas.min | int) 1 (hasKey $replicas "min") -}}
@@ -35,7 +35,7 @@ count: {{ $replicas.initial | int }}
 {{- end }}
 {{- end -}}
 
-{{/* PEM file of the gRPC port by its role. */}}
+{{/* PEM files of the gRPC port by role. */}}
 {{- define "manta.tls" -}}
 {{- if .Values.grpc.tls.secretName -}}
 certificate: /etc/manta/tls/tls.crt
@@ -46,7 +46,7 @@ client_ca: /etc/manta/tls/ca.crt
 {{- end -}}
 {{- end -}}
 
-{{/* The whole tree, as ServeConfig takes it. */}}
+{{/* All settings, as a ServeConfig tree. */}}
 {{- define "manta.config" -}}
 {{- $root := . -}}
 {{- $models := list -}}
@@ -71,7 +71,7 @@ client_ca: /etc/manta/tls/ca.crt
 {{- toYaml (mergeOverwrite $ours (deepCopy .Values.config)) -}}
 {{- end -}}
 
-{{/* The same with the models of one group only: a host need not fetch what is served from others. */}}
+{{/* The same with the models of one group only: a host need not download models that other groups serve. */}}
 {{- define "manta.groupConfig" -}}
 {{- $config := include "manta.config" .root | fromYaml -}}
 {{- $models := list -}}
@@ -81,7 +81,7 @@ client_ca: /etc/manta/tls/ca.crt
 {{- toYaml (set $config "models" $models) -}}
 {{- end -}}
 
-{{/* A Serve config file: what belongs to the proxies stands beside the application, the rest is its args. */}}
+{{/* The Ray Serve config file: proxy settings are outside the application, all others are its args. */}}
 {{- define "manta.serveConfig" -}}
 {{- $config := include "manta.config" . | fromYaml -}}
 {{- $args := deepCopy $config -}}

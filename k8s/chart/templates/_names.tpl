@@ -1,4 +1,4 @@
-{{/* Names, labels, the image, and where secrets lie. */}}
+{{/* Names, labels, the image, and references to secrets. */}}
 
 {{- define "manta.fullname" -}}
 {{- if .Values.fullnameOverride -}}
@@ -26,7 +26,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end -}}
 
-{{/* Labels of pods. KubeRay finds the head by the labels name and created-by that it gives itself, so these are not set. */}}
+{{/* Pod labels. KubeRay finds the head by its own labels name and created-by, so these are not set here. */}}
 {{- define "manta.podLabels" -}}
 {{ include "manta.selectorLabels" .root }}
 app.kubernetes.io/component: {{ .role }}
@@ -49,7 +49,7 @@ app.kubernetes.io/component: {{ .role }}
 {{- .Values.serviceAccount.name | default (ternary (include "manta.fullname" .) "default" .Values.serviceAccount.create) -}}
 {{- end -}}
 
-{{/* {secretName, secretKey} of a secret that is given by name, or as a string under `key` in the chart's own Secret. */}}
+{{/* {secretName, secretKey} of a secret that is given by name, or whose value is in the chart's own Secret under `key`. */}}
 {{- define "manta.secretKeyRef" -}}
 {{- if kindIs "string" .value -}}
 name: {{ include "manta.fullname" .root }}
@@ -64,12 +64,12 @@ key: {{ .value.secretKey }}
 {{- .Values.cache.existingClaim | default (printf "%s-models" (include "manta.fullname" .)) -}}
 {{- end -}}
 
-{{/* What clients outside the cluster ask for. Not /metrics, which tells of everybody's requests, nor the probes' paths. */}}
+{{/* Paths for clients outside the cluster. Not /metrics, which exposes all clients' requests, nor the probes' paths. */}}
 {{- define "manta.publicPaths" -}}
 [/v1, /tokenize, /detokenize, /tokenizer_info, /version, /health]
 {{- end -}}
 
-{{/* Codes of requests that failed by the server's doing, as clients are told them (serve/errors.py): what counts against the objective. */}}
+{{/* Error codes of failures that are the server's fault (serve/errors.py); they count against the availability objective. */}}
 {{- define "manta.failureCodes" -}}
 draining|host_lost|internal_error|invalid_logits|not_ready|poisoned_request|unavailable
 {{- end -}}

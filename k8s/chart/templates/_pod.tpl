@@ -1,4 +1,4 @@
-{{/* What the pods of the cluster have in common: security, environment, volumes. */}}
+{{/* Common parts of all pods: security context, environment, volumes. */}}
 
 {{- define "manta.podSecurity" -}}
 runAsNonRoot: true
@@ -96,7 +96,7 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* Claims that hold models and adapters: the hosts of pvc:// sources. */}}
+{{/* PersistentVolumeClaims that hold models and adapters: those in pvc:// sources. */}}
 {{- define "manta.modelClaims" -}}
 {{- $claims := list -}}
 {{- range .Values.models -}}
@@ -107,7 +107,7 @@ capabilities:
 {{- uniq $claims | toYaml -}}
 {{- end -}}
 
-{{/* Node selection of a pod; .place is values of head, front or a worker group. */}}
+{{/* Node selection of a pod; .place: the values of head, front or a worker group. */}}
 {{- define "manta.placement" -}}
 {{- with .place.nodeSelector }}
 nodeSelector:
@@ -130,19 +130,19 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* Longer than the longest stream, and what Ray Serve then takes to end replicas. */}}
+{{/* Grace period: the longest stream, plus the time that Ray Serve takes to stop replicas. */}}
 {{- define "manta.gracePeriod" -}}
 {{- add .Values.longestStreamSeconds 60 -}}
 {{- end -}}
 
-{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. .how: what k8s/images/drain is told of the pod. */}}
+{{/* preStop hook: before Ray gets SIGTERM, let clients move elsewhere and streams end. .how: option of k8s/images/drain. */}}
 {{- define "manta.drain" -}}
 preStop:
   exec:
     command: [/opt/manta/k8s/images/drain, {{ .root.Values.longestStreamSeconds | quote }}{{ with .how }}, {{ . }}{{ end }}]
 {{- end -}}
 
-{{/* Fetch what the settings in .file name (manta.yaml: everything; a group's: what is served from its hosts), and look it over. */}}
+{{/* Download and check the models in the settings file .file (manta.yaml: all models; a group's file: models of its hosts). */}}
 {{- define "manta.download" -}}
 name: download
 image: {{ include "manta.image" .root }}
