@@ -28,22 +28,22 @@ DEFAULT_COLD_START_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class AutoscalingConfig:
-    """When replicas are added and given up; only where `replicas.min` and `replicas.max` differ."""
+    """When replicas are added and removed, if `replicas.min` and `replicas.max` differ."""
 
     ttft_target_s: float = 2.0
-    """Seconds to the first token that replicas are added to keep, for nine of ten requests."""
+    """Target for p90 of the time to the first token; replicas are added to keep it."""
     kv_target: float = 0.85
-    """Share of the KV blocks that running and waiting requests may want on average."""
+    """Target for the mean share of KV blocks that running and waiting requests need."""
     running_target: float = 0.8
-    """Share of `engine.max_running` that may run or wait on average."""
+    """Target for the mean number of running and waiting requests, as a share of `engine.max_running`."""
     scale_down_after_s: float = 120.0
-    """A replica goes when it was not needed for so long, and for twice as long as a start takes."""
+    """A replica is removed when it was not needed for this long, and for at least twice the time that a start takes."""
     scale_to_zero_after_s: float = 600.0
-    """The last one goes, where `replicas.min` is 0, when there was no request for so long, and for twice as long as a start takes."""
+    """With `replicas.min` 0, the last replica is removed after this long without requests, and at least twice the time of a start."""
     hold_s: float = 900.0
-    """How long a request waits for the first replica to start."""
+    """Scale from zero: how long a request waits for the first replica to start."""
     max_held: int = 512
-    """Requests that a front lets wait so; more are refused."""
+    """Scale from zero: maximum requests that wait in a front; further ones are rejected."""
 
     def __post_init__(self) -> None:
         for name in ("ttft_target_s", "hold_s", "max_held"):

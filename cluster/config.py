@@ -17,18 +17,20 @@ def _must_be_positive(config: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RankResources:
-    """What Ray sets aside for each rank of a replica."""
+    """Resources that Ray reserves for each rank of a replica."""
 
     cpus: float = 1.0
+    """CPUs per rank."""
     gpus: float | None = None
-    """Of each rank. None = one where the Ray that serves has GPUs at all (the demo model computes on CPUs), else none."""
+    """GPUs per rank. None = 1 if the Ray cluster has GPUs, else 0 (the demo model runs on CPUs)."""
     one_host: bool = False
-    """All ranks on one host or not at all; without it Ray packs them as tightly as it can."""
+    """Place all ranks of a replica on one host. Otherwise Ray packs them as tightly as it can."""
     ranks_per_host: int | None = None
-    """Neighbouring ranks that share a host: the GPUs of one, for a tensor-parallel group that spans hosts. None = the ranks of a
-    tensor-parallel group (and those that share an expert) share a host, stages and data-parallel groups may lie on several."""
+    """Number of consecutive ranks that share a host, for a tensor-parallel group that spans hosts: the GPUs of one host. None = the ranks
+    of a tensor-parallel group (and those that share an expert) share a host; stages and data-parallel groups may be on several."""
     host_resource: str | None = None
-    """Only hosts whose Ray was started with this resource (`ray start --resources`): keeps a model to one kind of host."""
+    """Use only hosts whose Ray was started with this resource (`ray start --resources`), for example to keep a model on one kind of
+    host. None = any host."""
 
     def __post_init__(self) -> None:
         if self.cpus < 0 or (self.gpus or 0) < 0:
@@ -42,35 +44,36 @@ class ReplicaConfig:
     """How a replica watches and restores its ranks, and how it talks to the fronts."""
 
     start_timeout_s: float = 1800.0
-    """A rank that has not said anything new about loading for this long is lost."""
+    """A rank that reports no loading progress for this long is considered lost."""
     first_step_timeout_s: float = 300.0
-    """Deadline of the first step after a start: kernels may be compiled in it."""
+    """Timeout of the first step after a start, in which kernels may be compiled."""
     step_timeout_s: float = 60.0
-    """Deadline of every later step; a rank that is frozen is seen by it."""
+    """Timeout of every later step; it detects ranks that hang."""
     canary_every_s: float = 3.0
-    """A ready replica without work proves this often, by one token, that all its ranks still answer."""
+    """An idle replica computes one token this often, to check that all its ranks still respond."""
     progress_timeout_s: float = 6.0
-    """A replica at work that finishes no step for so long, and for `SLOW_STEP_FACTOR` times as long as its steps take, is not ready."""
+    """A busy replica that completes no step for this long, and for `SLOW_STEP_FACTOR` times its usual step time, is not ready."""
     freeze_timeout_s: float = 4.0
-    """A rank of this host whose process is stopped for so long is lost."""
+    """A rank on the replica's host whose process is stopped for this long is considered lost."""
     host_silence_s: float = 6.0
-    """Ranks on another host that cannot be heard for so long are lost, and end by themselves if they cannot hear their replica."""
+    """Ranks on another host that are silent for this long are considered lost; such ranks exit if they do not hear from their replica."""
     canary_timeout_s: float = 5.0
-    """A replica without other work that owes this proof for so long is not ready."""
+    """An idle replica whose check (`canary_every_s`) takes longer than this is not ready."""
     max_restarts: int = 3
-    """Restarts of the ranks within `restart_window_s` before the replica is given up."""
+    """Maximum restarts of the ranks within `restart_window_s`; after that the replica gives up."""
     restart_window_s: float = 600.0
+    """Time window for `max_restarts`."""
     restart_backoff_s: float = 0.5
-    """Wait before the second restart within the window; doubled for every further one."""
+    """Delay before the second restart within the window; it doubles with every further restart."""
     heartbeat_s: float = 1.0
-    """How often a replica reports to the directory and answers its fronts."""
+    """Interval at which a replica reports to the directory and answers its fronts."""
     front_silence_s: float = 10.0
-    """A front not heard from for this long is gone: its requests are cancelled."""
+    """A front that is silent for this long is considered gone, and its requests are cancelled."""
     drain_timeout_s: float = 30.0
-    """How long a replica that is asked to stop waits for its running requests."""
+    """How long a stopping replica waits for its running requests."""
     other_hosts: bool = True
-    """Listen for fronts of other hosts as well (TCP on the node's own address, encrypted and authenticated by CURVE). A server with
-    a Ray of its own never does."""
+    """Also listen for fronts on other hosts (TCP on the node's own address, encrypted and authenticated by CURVE). A server with a private
+    Ray never does."""
 
     def __post_init__(self) -> None:
         _must_be_positive(
@@ -93,33 +96,36 @@ class ReplicaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How a front chooses replicas and outlives their loss."""
+    """How a front chooses replicas, and moves streams when one is lost."""
 
     policy: Literal["expected_wait", "least_loaded", "round_robin"] = "expected_wait"
-    """expected_wait: where the first token comes soonest, prefix caches considered; else the fewest requests, or each in turn."""
+    """expected_wait: the replica with the earliest expected first token, considering prefix caches; least_loaded: the one with the fewest
+    requests; round_robin: each in turn."""
     session_worth_s: float = 0.5
-    """A session goes on where it was, as long as that is expected to take no more than so much longer than elsewhere."""
+    """A session stays on its replica as long as that is expected to take at most this much longer than on another."""
     max_indexed_blocks: int = 262_144
-    """Cached blocks of one replica that a front remembers (about 100 bytes each); where there are more it remembers none."""
+    """Maximum cached blocks per replica that a front tracks (about 100 bytes each). If a replica has more, none are tracked."""
     max_attempts: int = 3
-    """How often in a row a choice is handed to an engine at most without getting a token."""
+    """Maximum consecutive attempts of a choice that yield no token."""
     ready_wait_s: float = 30.0
-    """How long a request waits for a ready replica, at the start and again after a loss."""
+    """How long a request waits for a ready replica, at its start and after each loss."""
     refresh_s: float = 0.5
-    """How often the directory is asked."""
+    """Interval for reading the directory of replicas."""
     ping_s: float = 1.0
+    """Interval for pinging replicas."""
     stall_timeout_s: float = 30.0
-    """A replica that gives none of its streams a token for so long is left by them; one stream alone that gets none while others
-    do waits `STARVATION_FACTOR` times as long, as it may be in a queue."""
+    """If a replica gives no token to any of its streams for this long, they move to another. A single stream without tokens waits
+    `STARVATION_FACTOR` times as long, because it may be queued."""
     max_resumes: int = 2_048
-    """Streams that this front hands to another replica within `resume_window_s` at most."""
+    """Maximum streams that a front moves to other replicas within `resume_window_s`."""
     resume_window_s: float = 60.0
+    """Time window for `max_resumes`."""
     quarantine_s: float = 600.0
-    """For how long a request that ended the replicas or workers that computed it is refused."""
+    """How long a request that crashed the replicas or workers computing it is rejected."""
     replica_silence_s: float = 6.0
-    """A replica not heard from for this long is lost to this front."""
+    """A replica that is silent for this long is considered lost by the front."""
     max_buffered_tokens: int = 32_768
-    """Tokens of one choice that wait for a client which does not read; beyond, the choice is cancelled."""
+    """Maximum tokens of one choice that are buffered for a client that does not read; beyond that, the choice is cancelled."""
 
     def __post_init__(self) -> None:
         if self.session_worth_s < 0:

@@ -6,49 +6,49 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How much a step and a replica may hold."""
+    """Scheduling: limits of a step and of a replica."""
 
     block_tokens: int = 16
     """Tokens per KV block."""
     max_step_tokens: int = 2048
-    """Tokens computed in one step at most, on each data-parallel shard; longer prompts are cut into several works (chunked prefill)."""
+    """Maximum tokens computed per step on each data-parallel shard. Longer prompts are split into chunks (chunked prefill)."""
     prompt_share: float = 0.5
-    """While sequences decode, prompts are cut so that they take at least this part of a step's time, by what steps have taken so far: with
-    0.5 a running stream waits about twice as long for its next token as without them. 1 = only `max_step_tokens` says how a prompt is
-    cut."""
+    """Share of a step's time that prompts may take while sequences decode; prompts are split accordingly, by measured step times. With 0.5,
+    a running stream waits about twice as long for its next token as without prompts. 1 = prompts are limited by `max_step_tokens` only."""
     prompt_wait_steps: float = 15.0
-    """Where so many prompts wait that at `prompt_share` they would take longer than so many steps without prompts, their share grows, up to
-    two thirds, and up to nine tenths while a step takes no longer than `prompt_step_s`."""
+    """If the waiting prompts would take longer at `prompt_share` than this many steps without prompts, their share grows: to two thirds,
+    and to nine tenths while a step takes no longer than `prompt_step_s`."""
     prompt_step_s: float = 0.4
-    """About so long a step may take by what waits, beyond two thirds for prompts: on GPUs steps stay below it, on a CPU streams would
-    stand still for most of a second."""
+    """Approximate limit of a step's duration for prompt shares above two thirds. Steps on GPUs are shorter anyway; on a CPU it keeps
+    streams from pausing for most of a second."""
     max_step_s: float | None = None
-    """While sequences decode, prompts are cut so that a step takes about no longer than this whatever waits, by what steps have taken so
-    far: the most that a running stream waits for its next token. None = no such limit."""
+    """Approximate limit of a step's duration while sequences decode; prompts are split accordingly, by measured step times. It bounds how
+    long a running stream waits for its next token. None = no limit."""
     max_running: int = 256
-    """Sequences that hold KV blocks at the same time at most, on all shards together."""
+    """Maximum running sequences (those that hold KV blocks), over all shards."""
     max_waiting: int = 1024
-    """Requests that may wait; one more is refused with `QueueFull`."""
+    """Maximum waiting requests; further requests are rejected with `QueueFull`."""
     max_in_flight: int = 1
-    """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here. With more than there
-    are stages, who waits for an answer misses the steps that leave before it."""
+    """Steps submitted before the result of the first is read; at least the number of pipeline stages, whatever is set. With more than
+    that, a sequence that waits for a result is left out of the steps submitted meanwhile."""
     run_ahead: bool = True
-    """Plan one step more before the first is answered, where the ranks know themselves what they sampled (on GPUs, without stages) and
-    everybody who decodes is in it. The device then waits for no plan. No answer changes by it."""
+    """Asynchronous scheduling: plan the next step before the current step's tokens are known, if the ranks keep the sampled tokens
+    themselves (on GPUs, without pipeline stages) and all decoding sequences are in the step. The device then never waits for a plan.
+    Answers do not change."""
     speculate: Literal["lookup", "draft"] | None = None
-    """Speculative decoding: guess the next tokens of a sequence and compute several in one step, where that is faster. "lookup": what
-    followed when the last few tokens stood in prompt or answer before (n-gram, prompt lookup). "draft": what a small model of the same
-    vocabulary says (`runner.draft_model`). No answer changes by it. None = one token per step."""
+    """Speculative decoding: draft the next tokens of a sequence and verify several in one step, where that is faster. "lookup": the draft is
+    what followed the last few tokens earlier in the prompt or answer (n-gram prompt lookup). "draft": it comes from a small model with
+    the same vocabulary (`runner.draft_model`). Answers do not change. None = one token per step."""
     max_draft_tokens: int = 8
-    """Tokens guessed for a sequence in one step at most (elsewhere: num_speculative_tokens); how many it is, is learnt from how often
-    they hold and what steps cost."""
+    """Maximum draft tokens per sequence and step (elsewhere: num_speculative_tokens). The actual number adapts to the acceptance rate and
+    the cost of steps."""
     prefix_cache: bool = True
-    """Keep finished blocks by content, so that an equal prefix is not computed again."""
+    """Prefix caching: keep finished KV blocks by content, so that an equal prefix is not computed again."""
     rebalance_every_steps: int | None = None
-    """Look so often whether the ranks that share routed experts have equally much to do. None = only when asked: experts on other
-    ranks are summed in another order, so the last bits of an answer then depend on when it was asked for."""
+    """Expert load balancing: check every so many steps whether the ranks that share routed experts are equally loaded. None = only on
+    request: moved experts are summed in another order, so the last bits of an answer would depend on when it was computed."""
     rebalance_threshold: float = 1.2
-    """The busiest rank's load over the mean above which a layer's experts change places."""
+    """Ratio of the busiest rank's load to the mean above which a layer's experts are moved."""
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "max_step_tokens", "max_running", "max_waiting", "max_in_flight", "max_draft_tokens"):

@@ -292,7 +292,7 @@ def test_every_setting_is_printed_and_most_are_explained() -> None:
 
 def test_one_setting_is_explained_with_every_way_to_set_it() -> None:
     text = explain("engine.max_step_tokens", LoadedConfig(config=ServeConfig(), origins={}))
-    assert "Tokens computed in one step at most" in text
+    assert "Maximum tokens computed per step" in text
     for way in ("MANTA_ENGINE__MAX_STEP_TOKENS=2048", "--set engine.max_step_tokens=2048", "engine: {max_step_tokens: 2048}", "(default)"):
         assert way in text
     with pytest.raises(ConfigError, match=r"did you mean engine.max_step_tokens\?"):
