@@ -36,8 +36,8 @@ class EngineConfig:
     themselves (on GPUs, without pipeline stages) and all decoding sequences are in the step. The device then never waits for a plan.
     Answers do not change."""
     speculate: Literal["lookup", "draft"] | None = None
-    """Speculative decoding: draft the next tokens of a sequence and verify several in one step, where that is faster. "lookup": the draft is
-    what followed the last few tokens earlier in the prompt or answer (n-gram prompt lookup). "draft": it comes from a small model with
+    """Speculative decoding: draft the next tokens of a sequence and verify several in one step, where that is faster. "lookup": the draft
+    is what followed the last few tokens earlier in the prompt or answer (n-gram prompt lookup). "draft": it comes from a small model with
     the same vocabulary (`runner.draft_model`). Answers do not change. None = one token per step."""
     max_draft_tokens: int = 8
     """Maximum draft tokens per sequence and step (elsewhere: num_speculative_tokens). The actual number adapts to the acceptance rate and
