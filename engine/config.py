@@ -13,8 +13,9 @@ class EngineConfig:
     max_step_tokens: int = 2048
     """Maximum tokens computed per step on each data-parallel shard. Longer prompts are split into chunks (chunked prefill)."""
     prompt_share: float = 0.5
-    """Share of a step's time that prompts may take while sequences decode; prompts are split accordingly, by measured step times. With 0.5,
-    a running stream waits about twice as long for its next token as without prompts. 1 = prompts are limited by `max_step_tokens` only."""
+    """Share of a step's time for prompts while sequences decode; it grows when many prompts wait, see `prompt_wait_steps`. Prompts are split
+    accordingly, by measured step times. With 0.5, a running stream waits about twice as long for its next token as without prompts. 1 =
+    prompts are limited by `max_step_tokens` only."""
     prompt_wait_steps: float = 15.0
     """If the waiting prompts would take longer at `prompt_share` than this many steps without prompts, their share grows: to two thirds,
     and to nine tenths while a step takes no longer than `prompt_step_s`."""
