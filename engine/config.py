@@ -13,7 +13,7 @@ class EngineConfig:
     max_step_tokens: int = 2048
     """Maximum tokens computed per step on each data-parallel shard. Longer prompts are split into chunks (chunked prefill)."""
     prompt_share: float = 0.5
-    """Share of a step's time for prompts while sequences decode; it grows when many prompts wait, see `prompt_wait_steps`. Prompts are split
+    """Share of a step's time for prompts while sequences decode; it grows when many prompts wait (`prompt_wait_steps`). Prompts are split
     accordingly, by measured step times. With 0.5, a running stream waits about twice as long for its next token as without prompts. 1 =
     prompts are limited by `max_step_tokens` only."""
     prompt_wait_steps: float = 15.0
