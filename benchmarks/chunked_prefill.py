@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--chats", type=int, help="so many short ones at once instead of long prompts beside streams")
+    parser.add_argument("--chats", type=int, help="simulate this many concurrent short chats instead of long prompts beside streams")
     arguments = parser.parse_args()
     if arguments.chats:
         return tell_chats(arguments.machine, arguments.chats)

@@ -2,14 +2,14 @@
 
     python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5] [--speculate lookup]
 
-A step is one turn of a real engine (inbox, deadlines, plan, record, statistics), the plan as bytes, the result from bytes, and the
-protocol's messages of tokens to one front. Each part is timed by the CPU clock of this thread, and the ranks' own work by none. Every
-sequence decodes; each has blocks of 16 tokens, so in every step a sixteenth of them gets a new block and publishes a full one. With
-`--churn` answers are short: then in every step some end and as many begin. With `--speculate` the engine may guess, on ranks that
-say that a step takes 5 ms and 0.2 ms for each token.
+A step is one turn of a real engine (inbox, deadlines, plan, record, statistics), encoding the plan, decoding the result, and encoding the
+messages with tokens to one front. Each part is timed with the CPU clock of this thread; the simulated ranks' work is not counted. All
+sequences decode. With blocks of 16 tokens, a sixteenth of them gets a new block in every step and publishes a full one. With `--churn`
+answers are short, so that in every step some requests end and as many start. With `--speculate` the engine may draft tokens; the ranks
+report 5 ms per step plus 0.2 ms per token.
 
-Beside that: what the far ends do with it (a rank's reading of the plan and making of the batch, a front's reading of the events and
-handing out to its streams). No model, no sockets.
+Also measured: the receivers' work (a rank decodes the plan and builds the batch; a front decodes the events and passes them to its
+streams). No model, no sockets.
 """
 
 import argparse
@@ -46,7 +46,7 @@ BLOCK_TOKENS = 16
 TURN = "engine's turn"
 COUNTED = (TURN, "plan to bytes", "result from bytes", "tokens to bytes")
 WITHIN = ("plan to bytes", "rank: plan read", "rank: batch made", "ranks", "result from bytes")
-"""Parts that are done while the engine turns."""
+"""Parts that run inside an engine turn; subtracted from it."""
 BESIDE = ("rank: plan read", "rank: batch made", "front: tokens read", "front: handed out")
 T = TypeVar("T")
 

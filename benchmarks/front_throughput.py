@@ -266,7 +266,7 @@ def _tiny(folder: Path) -> Path:
     from tests.serve.vocabularies import write_smol
 
     config = json.loads((write_smol(folder) / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**8}))  # no stream shall end
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**8}))  # so that no stream ends
     return folder
 
 

@@ -143,7 +143,9 @@ def smeared(folder: Path, seed: int, into: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", help="a checkpoint, by default the demo model")
-    parser.add_argument("--smeared", type=int, default=0, metavar="TIMES", help="besides, of so many models whose grid is smeared")
+    parser.add_argument(
+        "--smeared", type=int, default=0, metavar="TIMES", help="also compare this many models with noise within the grid steps"
+    )
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama_cpp (`benchmarks/peers/set_up.sh`)")
     parser.add_argument("--text", type=Path, nargs="+", default=[ROOT / name for name in TEXTS])

@@ -133,14 +133,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, action="append", help="may be repeated; all without it (of moe: bf16)")
     parser.add_argument("--peer", action="append", metavar="NAME=PYTHON", default=[], help=f"NAME is one of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing more after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further process after this time")
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache" / "manta" / "benchmarks")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "rounds.json")
     parser.add_argument("--fresh", action="store_true", help="forget what is in --results")
-    parser.add_argument("--prepare", action="store_true", help="write checkpoints and the peers' files, and measure nothing")
-    parser.add_argument("--report", action="store_true", help="write table and pictures of what is in --results, and measure nothing")
+    parser.add_argument("--prepare", action="store_true", help="write the checkpoints and the other engines' files, and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write table and plots of --results, and measure nothing")
     options = parser.parse_args()
     for choice in options.peer:
         if choice.partition("=")[0] not in PEERS:

@@ -118,7 +118,7 @@ def _whole_lines(output: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
     if not output.exists():
         return
     if not output.is_file():
-        raise BatchError(f"{output} is no file; a batch goes on by what its output holds already")
+        raise BatchError(f"{output} is not a file; a batch is resumed from what its output contains")
     with output.open("rb") as texts:
         for number, text in enumerate(texts, 1):
             if not text.endswith(b"\n"):

@@ -144,7 +144,7 @@ def explain(path: str, loaded: LoadedConfig, *, width: int = WIDTH) -> str:
 
 
 def _in_a_list(path: str, column: int, width: int) -> list[str]:
-    """Its first sentence, beside its name; below it where there is no room."""
+    """The setting's name and first sentence as lines of a list; the sentence is below the name if there is no room beside it."""
     sentence, indent = _first_sentence(setting_docs()[path].doc), column + 2
     if width - indent < column:
         return [path, *textwrap.wrap(sentence, width, initial_indent="    ", subsequent_indent="    ")]

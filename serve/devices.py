@@ -51,7 +51,7 @@ def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
     wanted = sum(_gpus_of_a_rank(config) * config.parallel.topology.size * max(config.replicas.least, 1) for config in configs)
     if wanted > num_gpus:
         raise DeviceError(
-            f"with a GPU for each rank the server wants {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
+            f"with a GPU for each rank the server needs {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
             "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, where hosts come when they "
             f"are asked for, {GPU_ON_DEMAND_HINT}"
         )

@@ -232,7 +232,7 @@ def _is_adapter(folder: Path, source: str) -> str:
         base = AdapterConfig.from_folder(folder).base
     except AdapterError:
         base = None
-    named = base is not None and REPOSITORY.fullmatch(base) is not None  # anything else is no word for a command that is copied
+    named = base is not None and REPOSITORY.fullmatch(base) is not None  # anything else must not go into a command to copy
     said = "" if named or base is None else f" (called {terminal_safe(base)} where it was trained)"
     return f", but it is a LoRA adapter; serve it with its base{said}: manta serve {base if named else 'BASE'} --adapter {source}"
 

@@ -21,10 +21,10 @@ class PortInUse(RuntimeError):
 
 
 def check_ports(config: "ServeConfig") -> None:
-    """Of both fronts. Ray Serve's proxies would share a port with whoever else lets them, and each would get half of the requests.
+    """Check both fronts' ports. Ray Serve's proxies set SO_REUSEPORT: a second server would share the port and get half of the requests.
 
     Raises:
-        PortInUse: as `check_free`.
+        PortInUse: see `check_free`.
     """
     check_free(config.http.host, config.http.port, front="http")
     check_free(config.grpc.host, config.grpc.port, front="grpc")

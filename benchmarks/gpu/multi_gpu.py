@@ -1,7 +1,7 @@
-"""Small models over several GPUs of this host as the ranks of one replica: logits against the same weights in float32 on the CPU, and
-tokens of steps replayed from graphs, with the ranks' sums in them, against the same steps launched.
+"""Check small models on several GPUs of this host, as the ranks of one replica: logits against the same weights in float32 on the CPU, and
+tokens of steps replayed from CUDA graphs, including the all-reduces, against the same steps launched eagerly.
 
-Nothing of it has run on devices; on CPUs two ranks of tiny models prove the script.
+This has not run on GPUs yet; on CPUs, two ranks of tiny models test the script.
 """
 
 import zlib

@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--each", type=float, default=math.inf)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--behind", help="go on behind this part, and keep what is in --out")
+    parser.add_argument("--behind", help="continue after this part, and keep the results in --out")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device(options.device)
     if device.type == "cpu":

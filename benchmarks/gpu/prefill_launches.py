@@ -1,5 +1,5 @@
-"""Steps with prompts in three ways: launched as Triton launches, by quick launches (`parallel.cuda.quick_launch`), and replayed in pieces
-(`engine.run.prompt_graphs`). What the first gives the second must give to the bit, and the third but for roundings."""
+"""Compare three ways to run steps with prompts: Triton's launches, quick launches (`parallel.cuda.quick_launch`), and piecewise CUDA graphs
+(`engine.run.prompt_graphs`). The second must match the first bit for bit, the third up to rounding."""
 
 import statistics
 import time
@@ -81,7 +81,7 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
     Raises:
         AssertionError: logits differ, or by more than rounding. Raised after everything was compared.
     """
-    from parallel.cuda import quick_launch  # triton: not to be imported where there is no such device
+    from parallel.cuda import quick_launch  # imports triton, which needs a GPU
 
     prompts, runner, wrong = Prompts(served), served.runner, list[str]()
     prompts.open_decoding(max(decodes for decodes, _ in STEPS.values()))

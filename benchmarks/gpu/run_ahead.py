@@ -43,9 +43,9 @@ def wrong_ahead(results: Results, name: str, served: ServedModel, *, kinds: Sequ
 
 
 def wrong_beside_prompts(results: Results, name: str, served: ServedModel, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
-    """What is wrong with answers to requests that come one after the other, so that prompts come beside those that decode. With
-    `RunnerConfig.prompts_ahead` and without the same steps, of the same rows, are launched: what they sample is replayed or drawn row by
-    row, and where steps are planned ahead, begun before the step before is read or behind it."""
+    """Errors in the answers to requests that arrive one by one, so that prompts share steps with decodes. With and without
+    `RunnerConfig.prompts_ahead` the same steps with the same rows run; only the sampling is replayed or done row by row, and, if steps are
+    planned ahead, a step starts before or after the previous one is read."""
     draw, vocab_size = random.Random(), served.model.config.vocab_size
     requests = [
         Request(

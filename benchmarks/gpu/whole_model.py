@@ -32,8 +32,8 @@ STEPS = (
     ((38, 41), (130, 131), (2, 7)),
     ((41, 42), (131, 132), (7, 8)),
 )
-"""By steps the tokens (from, to) of each of three sequences: prompts, a prompt's rest beside those that decode, a few tokens as where some
-were guessed, and decoding alone."""
+"""For each step the tokens (from, to) of three sequences: prompts; the rest of a prompt together with decodes; a few tokens, as in
+speculative decoding; and decodes only."""
 MOST: dict[QuantizeName | None, float] = {None: 3e-2, "int8": 3e-2, "int4": 3e-2, "fp8": 2e-1}
 """Of relative error in the median row: experts that are nearly as likely as others change with a rounding, and so do the rows of their
 tokens. In bfloat16 on a CPU it was 0.9 %. Weights are rounded alike on both sides; of activations in FP8 some are rounded by a step more,

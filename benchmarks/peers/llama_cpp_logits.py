@@ -1,5 +1,5 @@
-"""``python -m benchmarks.peers.llama_cpp_logits MODEL.gguf LOGITS.npy``: lists of tokens as JSON come in, the logits of all their places
-(tokens of all lists, vocabulary) go out, in float32."""
+"""``python -m benchmarks.peers.llama_cpp_logits MODEL.gguf LOGITS.npy``: reads lists of tokens as JSON from stdin and writes the logits of
+all positions (tokens of all lists, vocabulary) in float32."""
 
 import json
 import sys

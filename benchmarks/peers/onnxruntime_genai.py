@@ -1,7 +1,7 @@
-"""ONNX Runtime's generator (PyPI: onnxruntime-genai), all sequences of a workload as one batch; its own builder makes the model.
+"""ONNX Runtime's generator (PyPI: onnxruntime-genai) with all sequences of a workload in one batch; its own builder converts the model.
 
-Without TOKENS_OUT it only makes its files. In 0.18 a batch of several takes its prompts all at once ("AppendTokens can only be called
-once for batch_size > 1"), and its engine of many requests is for CUDA; so a shared prefix is computed for every sequence.
+Without TOKENS_OUT it only converts the checkpoint. In 0.18 a batch must get all its prompts at once ("AppendTokens can only be called once
+for batch_size > 1"), and its engine for many requests is for CUDA only; so a shared prefix is computed for every sequence.
 """
 
 import json

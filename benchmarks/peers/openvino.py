@@ -1,10 +1,10 @@
-"""OpenVINO: GenAI's reader makes its model of a GGUF file, the runtime generates, with all sequences of a workload in one batch.
+"""OpenVINO: GenAI's reader converts a GGUF file, and the runtime generates with all sequences of a workload in one batch.
 
-Without TOKENS_OUT it only makes its files.
+Without TOKENS_OUT it only converts the checkpoint.
 
-Not by GenAI's own pipelines: in 2026.4.1 they do not compile a model that has been read from GGUF ("Node ReadValue contains dead weak
-ptr"). The graph, its compressed weights and its fused stateful attention are the same; a shared prefix is computed for every sequence.
-Experts, which its reader does not know, are added to the graph that it makes (`openvino_experts`).
+GenAI's own pipelines are not used: in 2026.4.1 they fail to compile a model read from GGUF ("Node ReadValue contains dead weak ptr"). The
+graph, its compressed weights and its fused stateful attention are the same; a shared prefix is computed for every sequence. The reader
+does not support experts; they are added to the graph (`openvino_experts`).
 """
 
 import json
@@ -54,7 +54,7 @@ def converted(checkpoint: Path, form: str) -> Path:
 
 
 def _with_vocabulary(source: Path, target: Path, file_type: int) -> None:
-    """The file again with tokens, which the reader wants, and float16 for bfloat16; of one with experts without them."""
+    """Copy the file with a vocabulary, which the reader requires, and float16 instead of bfloat16; experts are left out."""
     import gguf
 
     from benchmarks.peers.openvino_experts import dense_field, dense_tensor

@@ -1,7 +1,8 @@
-"""Experts for OpenVINO. Its GGUF reader knows none: it is given a dense model, whose MLP is the shared expert, and they are put beside it.
+"""Experts for OpenVINO. Its GGUF reader does not support them: it reads a dense model whose MLP is the shared expert, and the routed
+experts are added to the graph.
 
-In the form that its CPU plugin looks for (`ConvertTiledMoeBlockTo3GatherMatmuls`; optimum-intel exports such models so), so that each
-token meets its own experts only. N tokens, D model width, E experts, A of them for each token, I their inner width.
+They have the form that the CPU plugin recognises (`ConvertTiledMoeBlockTo3GatherMatmuls`; optimum-intel exports such models in it), so
+that each token is computed by its own experts only. N tokens, D model width, E experts, A of them per token, I their inner width.
 """
 
 from pathlib import Path

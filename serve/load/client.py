@@ -161,7 +161,7 @@ async def _read(response: aiohttp.ClientResponse, turn: Turn, answer: Answer, be
 
 
 def _event(data: bytes) -> dict[str, Any] | None:
-    """None: it is no JSON object."""
+    """The event as a dictionary; None if it is not a JSON object."""
     try:
         event = json.loads(data)
     except ValueError:

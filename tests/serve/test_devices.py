@@ -53,7 +53,7 @@ def test_what_is_said_is_not_weighed_against_what_there_is(said: dict[str, Any],
 
 def test_more_ranks_than_gpus_are_refused_with_what_would_do() -> None:
     with pytest.raises(
-        DeviceError, match=r"wants 4 GPUs, and there are 2: use fewer ranks .*--set runner.device=cpu.*--set resources.gpus=1"
+        DeviceError, match=r"needs 4 GPUs, and there are 2: use fewer ranks .*--set runner.device=cpu.*--set resources.gpus=1"
     ):
         decided(settings(parallel={"tensor": 2}), settings(parallel={"tensor": 2}), num_gpus=2)
     with pytest.raises(DeviceError, match="wants 3 GPUs"):  # what one model was told to take the other cannot have
