@@ -1,1 +1,1 @@
-"""Which tokens are computed when. Torch-free but for `engine.run`."""
+"""The control plane: decides which tokens are computed when. Free of torch except for `engine.run`."""

@@ -1,8 +1,8 @@
-"""Errors of the engine. `serve/errors.py` maps each to an HTTP and a gRPC answer."""
+"""Errors of the engine. `serve/errors.py` maps each to an HTTP and a gRPC response."""
 
 
 class EngineError(Exception):
-    """Base of all that the engine reports about a request or about itself."""
+    """Base class of all errors that the engine reports about a request or about itself."""
 
 
 class EmptyPrompt(EngineError):
@@ -17,7 +17,7 @@ class PromptTooLong(EngineError):
 
 
 class PromptCannotBeCut(EngineError):
-    """Of a model whose tokens see those behind them all are computed in one step."""
+    """With non-causal attention all tokens of a prompt must be computed in one step, and this prompt is too long for that."""
 
     def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
         super().__init__(
@@ -57,21 +57,21 @@ class InvalidLogits(EngineError):
 
 
 class GrammarFailed(EngineError):
-    """The request's grammar is wrong, costs more than its limits allow, or leaves no way on."""
+    """The request's grammar is wrong, exceeds its cost limits, or allows no further token."""
 
 
 class PoisonedRequest(EngineError):
-    """The request was running at so many losses of the workers that it is not tried again; see `engine.isolation`."""
+    """The workers were lost so often while computing the request that it is not tried again; see `engine.isolation`."""
 
 
 class EngineStopped(EngineError):
-    """The engine has been closed; the request was not finished."""
+    """The engine was stopped before the request finished."""
 
 
 class WorkersLost(EngineError):
-    """The ranks can no longer take a step: one died, raised, or did not answer in time.
+    """The ranks can no longer compute steps: one died, raised, or did not answer in time.
 
-    Raised by `PendingStep.result`; the KV cache is gone with the ranks.
+    Raised by `PendingStep.result`. The KV cache is lost with the ranks.
     """
 
     def __init__(
@@ -87,6 +87,6 @@ class WorkersLost(EngineError):
         super().__init__(message)
         self.rank, self.host, self.rank_traceback = rank, host, rank_traceback
         self.from_outside = from_outside
-        """Whether nothing that was computed need have done it: a process was killed, a host went; none raised or crashed."""
+        """Whether what was computed need not be the cause: a process was killed or a host was lost, and no rank raised or crashed."""
         self.last_collectives = last_collectives
-        """What each rank did last with the others, where that is known."""
+        """The last collective of each rank, where known."""

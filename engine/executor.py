@@ -1,4 +1,4 @@
-"""The seam between deciding and computing: who takes a StepPlan and answers with a StepResult."""
+"""The interface between the engine and the ranks: an executor takes a StepPlan and answers with a StepResult."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,28 +8,28 @@ from engine.plan import StepPlan, StepResult
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What the ranks measured that they can hold. A result, never written into a config."""
+    """What the ranks can hold, as they measured it. A result, never written into a config."""
 
     num_blocks: int
-    """KV blocks of every rank (the least of all ranks), and so of every shard."""
+    """KV blocks of every rank, and so of every shard: the minimum over all ranks."""
     block_tokens: int
     max_context_tokens: int
-    """Prompt and output of one sequence together: the model's limit, or what all blocks hold if that is less."""
+    """Limit for prompt and output of a sequence: the model's, or what all blocks hold if less."""
     num_shards: int = 1
-    """Data-parallel positions, each with a cache of its own: a sequence lives in one of them."""
+    """Data-parallel positions, each with its own KV cache. A sequence lives in one of them."""
     num_stages: int = 1
-    """Pipeline stages: so many steps can be computed at the same time."""
+    """Pipeline stages: as many steps can be computed at the same time."""
     runs_ahead: bool = False
-    """Whether the ranks know themselves what they sampled last, so that the step behind it may be planned before they have answered: its
-    `Decodes` have `NO_TOKEN` then."""
+    """Whether the ranks keep what they sampled last, so that the next step may be planned before they have answered. Its `Decodes` then
+    have `NO_TOKEN` for the tokens not known yet."""
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold the KV of so many tokens."""
+        """How many blocks the KV of ``num_tokens`` tokens takes."""
         return -(-num_tokens // self.block_tokens)
 
 
 class PendingStep(Protocol):
-    """A step that is under way."""
+    """A step in flight."""
 
     def result(self) -> StepResult:
         """Wait for the step.
@@ -41,7 +41,7 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """Takes steps in the order they are submitted. Implementations: in this process, child processes, and Ray workers."""
+    """Computes steps in the order in which they are submitted. Implementations: in this process, child processes, and Ray workers."""
 
     @property
     def capacity(self) -> Capacity: ...
@@ -49,5 +49,5 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> PendingStep: ...
 
     def close(self) -> None:
-        """End the ranks and free what they hold. Idempotent."""
+        """End the ranks and free their resources. Idempotent."""
         ...

@@ -1,7 +1,7 @@
-"""Named points at which a test has a process fail. Without `MANTA_FAILPOINTS` in the environment nothing is looked at.
+"""Named points at which tests make a process fail. Does nothing unless `MANTA_FAILPOINTS` is set in the environment.
 
-The variable names a folder. Arming a point is writing the file ``<folder>/<point>``; whichever process of the host comes there
-reads it, and the one that fires takes the file away, so that a point fires once however many processes pass it. `POINTS` lists them.
+The variable names a folder. Arming a point writes the file ``<folder>/<point>``. Every process of the host that reaches the point reads the
+file; the one that fires removes it, so that a point fires once however many processes reach it. `POINTS` lists all points.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ POINTS = {
     "router.resume": "a front, after a stream lost its replica",
     "service.begin": "a front, with a choice that it has read",
 }
-"""Every point, and who comes there."""
+"""Every point, and which process reaches it when."""
 DROPPABLE = frozenset({"rank.answer", "rank.logits", "replica.heartbeat", "intake.read", "intake.send", "link.send", "link.receive"})
-"""Points where something is at hand that can be lost: a message, or the numbers of logits, which then are NaN."""
+"""Points that can lose something: a message, or the values of logits, which then are NaN."""
 
 
 class Injected(RuntimeError):
@@ -52,23 +52,23 @@ class Injected(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What an armed point does."""
+    """What happens at an armed point."""
 
     action: Action
-    """crash: SIGKILL; abort: SIGABRT, as native code ends on an error of its own; error: raises Injected; memory: raises MemoryError;
-    delay: stands still; drop: the message is lost."""
+    """crash: SIGKILL; abort: SIGABRT, as native code ends on its own errors; error: raises Injected; memory: raises MemoryError;
+    delay: sleeps; drop: the message is lost."""
     after: int = 1
-    """At the so-manieth hit of a process, counted from arming."""
+    """Fires at this hit of a process, counted from arming."""
     seconds: float = 1.0
-    """Of a delay."""
+    """Length of a delay."""
     token: int | None = None
-    """Only hits that concern this token count, and they fire each time until disarmed: a request that is poison."""
+    """Only hits that concern this token count, and each of them fires until the point is disarmed: a poisoned request."""
     pid: int | None = None
-    """Only hits of this process count, and they fire each time until disarmed: a cable that is cut one way."""
+    """Only hits of this process count, and each of them fires until the point is disarmed: a link broken in one direction."""
 
 
 def arm(folder: Path, point: str, failure: Failure) -> None:
-    """Have processes that watch the folder fail there, as if the point had never fired.
+    """Arm a point for the processes that watch the folder, even if it fired before.
 
     Raises:
         ValueError: there is no such point.
@@ -82,7 +82,7 @@ def arm(folder: Path, point: str, failure: Failure) -> None:
 
 
 def disarm(folder: Path, point: str) -> bool:
-    """Whether it was armed and had not fired."""
+    """Returns whether the point was armed and had not fired."""
     try:
         (folder / point).unlink()
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def disarm(folder: Path, point: str) -> bool:
 
 
 def has_fired(folder: Path, point: str) -> bool:
-    """Whether a process came to it since it was armed."""
+    """Whether the point has fired since it was armed."""
     return (folder / f"{point}.fired").exists()
 
 
@@ -129,7 +129,7 @@ def _fail(point: str, failure: Failure) -> bool:
             with contextlib.suppress(OSError):
                 os.kill(os.getpid(), signal.SIGKILL)
         case "abort":
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no image of its memory is wanted
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump
             os.abort()
         case "error":
             raise Injected(point)
@@ -147,4 +147,5 @@ def _off(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool:
 
 
 hit: Callable[..., bool] = _look if FOLDER else _off
-"""``hit(point, tokens=None)``: this process is there. True: the message at hand is lost. ``tokens``: the ids that it has to do with."""
+"""``hit(point, tokens=None)``: this process has reached a point. Returns True if the message at hand is to be lost. ``tokens`` returns the
+token ids concerned."""

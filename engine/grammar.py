@@ -1,46 +1,46 @@
-"""The seam between choosing tokens and what the text of an answer may become."""
+"""The interface for grammars, which restrict what may be sampled (structured output)."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 
 class Grammar(Protocol):
-    """What one answer may still become: a function of its tokens, and of nothing else.
+    """The grammar state of one answer: a function of its tokens and of nothing else.
 
-    A sequence that comes back (after preemption, on new workers, on another replica) shows its tokens to a new one.
+    A sequence that is reopened (after preemption, on new workers, on another replica) feeds its tokens to a new one.
     """
 
     def accept(self, tokens: Sequence[int]) -> int:
-        """Go on by these tokens. How many of them fitted; the first that does not, and all behind it, change nothing."""
+        """Advance by these tokens. Returns how many of them fit; the first that does not, and all after it, change nothing."""
         ...
 
     def roll_back(self, num_tokens: int) -> None:
-        """Take back the tokens accepted last: drafts that were not kept."""
+        """Take back the tokens accepted last: rejected draft tokens."""
         ...
 
     def mask(self) -> bytes:
-        """A bit for each id, lowest bit of the first byte first: 1 where the text may go on with it.
+        """One bit per token id, starting with the lowest bit of the first byte: 1 if the text may continue with that token.
 
-        A grammar may ask for control tokens; whoever samples passes over that.
+        A grammar may allow control tokens; the sampler ignores that.
 
         Raises:
-            GrammarFailed: there is no way on, or looking for one costs more than its limits allow.
+            GrammarFailed: no token is allowed, or finding one exceeds the cost limits.
         """
         ...
 
     @property
     def may_end(self) -> bool:
-        """Whether the text is whole as it is. As of the last `mask`."""
+        """Whether the text is complete as it is, as of the last `mask`."""
         ...
 
 
 class GrammarCompiler(Protocol):
-    """Makes grammars for one vocabulary. May be asked from several threads."""
+    """Makes grammars for one vocabulary. Thread-safe."""
 
     def compile(self, source: str) -> Grammar:
-        """A grammar at its beginning; ``source`` is Lark, in the dialect of llguidance.
+        """A grammar in its initial state. ``source`` is Lark, in the dialect of llguidance.
 
         Raises:
-            GrammarFailed: the source is wrong, or too large to be compiled.
+            GrammarFailed: the source is invalid or too large to compile.
         """
         ...

@@ -1,4 +1,4 @@
-"""What the engine is asked for: one choice of one request, as token ids."""
+"""A request as the engine gets it: one choice of a client's request, as token ids."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,9 +6,9 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen from the logits. Applied in the order of the fields' groups below.
+    """How the next token is sampled from the logits. The groups of fields below are applied in order.
 
-    Every value is already validated and resolved (the seed too): the engine never guesses and never clamps.
+    Every value is validated and resolved already, the seed too: the engine applies no defaults and clamps nothing.
     """
 
     repetition_penalty: float = 1.0
@@ -32,40 +32,41 @@ class SamplingParams:
     """Noise of output position i of choice c is a function of (seed, c, i) alone."""
 
     max_tokens: int = 16
-    """Output tokens at most. 0 = what is asked for is known of the prompt alone."""
+    """Output tokens at most. 0 = only something about the prompt is wanted, for instance its log-probabilities."""
     min_tokens: int = 0
     """`stop_token_ids` cannot be sampled before this many output tokens."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ends the answer; the id itself is the last output token. The caller puts the model's end-of-sequence ids here."""
+    """Token ids that end the answer; such an id is the last output token. The caller includes the model's end-of-sequence ids."""
     grammar: str | None = None
-    """What the text of the answer must match: Lark in the dialect of llguidance. None = anything.
+    """A grammar that the text of the answer must match, in Lark as llguidance reads it. None = any text.
 
-    Control tokens are then sampled only if they are stop ids and the text is whole; where it cannot go on, it ends before `min_tokens`."""
+    Control tokens are then sampled only if they are stop ids and the text is complete. A text that cannot continue ends before
+    `min_tokens`."""
     logprobs: int | None = None
-    """None = none; k = the sampled token's log-probability and the k most probable alternatives. Of the raw logits' softmax,
-    before penalties and temperature."""
+    """None = none; k = the log-probabilities of the sampled token and of the k most probable ones, by the softmax of the raw logits, before
+    penalties and temperature."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens: k alternatives at the place of each but the first, before which there is nothing."""
+    """The same for the prompt's tokens except the first, which has no logits before it."""
 
     @property
     def needs_history(self) -> bool:
-        """Whether sampling looks at the tokens seen so far."""
+        """Whether sampling depends on the tokens so far."""
         return self.penalises or self.grammar is not None
 
     @property
     def penalises(self) -> bool:
-        """Whether the tokens seen so far change logits."""
+        """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """Of a request for an embedding: instead of an answer it gets one vector, of its prompt's hidden states behind the last norm."""
+    """A request for an embedding: one vector, pooled from the prompt's hidden states after the last norm, instead of an answer."""
 
     kind: Literal["last", "mean", "first"]
-    """The last token's, the mean of all tokens', or the first one's."""
+    """The hidden state of the last token, the mean over all tokens, or that of the first token."""
     is_causal: bool = True
-    """False: every token sees all others. The prompt is then computed in one step, and its KV is of no use to any other request."""
+    """False: every token attends to all others. The prompt is then computed in one step, and its KV cannot be shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +76,28 @@ class Request:
     id: str
     choice: int = 0
     attempt: int = 0
-    """How often this choice was handed to an engine before; events carry it so that a late answer can be told apart."""
+    """How often this choice was submitted to an engine before. Events carry it, so that late ones of an earlier attempt are recognised."""
     prompt: tuple[int, ...]
     committed: tuple[int, ...] = ()
-    """Output tokens that a lost replica delivered already; the engine goes on behind them."""
+    """Output tokens that a lost replica delivered already; the engine continues after them."""
     losses: int = 0
-    """How often workers were lost while they computed it, on other replicas; see `engine.isolation`."""
+    """How often workers of other replicas were lost while they computed it; see `engine.isolation`."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     pooling: Pooling | None = None
-    """None = an answer is wanted. Else `sampling` has no say."""
+    """None = an answer is wanted. Otherwise `sampling` is ignored."""
     salt: str = ""
-    """Requests share cached prefixes only with requests of the same salt."""
+    """Requests share cached prefixes only with requests that have the same salt."""
     session: str = ""
-    """Requests of one session go to the same replica where that costs little; the engine does not look at it."""
+    """Requests of one session go to the same replica where that costs little. The engine ignores it."""
     tenant: str = ""
-    """Whose request it is: tenants get the engine in proportion to their `share`. See `engine.policy`."""
+    """Whose request it is. Tenants are served in proportion to their `share`; see `engine.fair_share`."""
     share: float = 1.0
     priority: int = 0
-    """Lower is served first; arrival order within."""
+    """Lower is served first; among equals, in order of arrival."""
     deadline_s: float | None = None
-    """Unix time after which the request is ended with `DeadlineExceeded`."""
+    """Unix time after which the request ends with `DeadlineExceeded`."""
     tag: int = field(default=-1, compare=False)
-    """A number by which whoever submitted it wants to hear of its tokens (`engine.output.TokenBatch`); the engine does not look at it."""
+    """The submitter's number for the request, returned with its tokens (`engine.output.TokenBatch`). The engine ignores it."""
 
     @property
     def key(self) -> tuple[str, int]:

@@ -1,16 +1,16 @@
-"""What the engine counts, as one frozen snapshot."""
+"""A snapshot of the engine's gauges and counters."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Gauges of this moment and counters since the engine began."""
+    """Gauges as of now, and counters since the engine started."""
 
     num_running: int = 0
     num_waiting: int = 0
     prefill_tokens: int = 0
-    """Known tokens that are still to be computed, of those that wait and of those whose prompts are under way."""
+    """Known tokens still to be computed, of waiting sequences and of prompts that have been started."""
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_free: int = 0
@@ -19,23 +19,23 @@ class EngineStats:
     num_finished: int = 0
     num_preemptions: int = 0
     num_losses: int = 0
-    """Times that all workers were lost."""
+    """How often the workers were lost."""
     computed_tokens: int = 0
-    """Tokens that steps computed, those computed again included."""
+    """Tokens that steps computed, including those computed again."""
     sampled_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     drafted_tokens: int = 0
-    """Guessed tokens that steps computed, ..."""
+    """Draft tokens that steps computed, ..."""
     accepted_tokens: int = 0
-    """... and those of them that were right."""
+    """... and those of them that were accepted."""
     expert_moves: int = 0
-    """Copies of routed experts that went from rank to rank."""
+    """Copies of routed experts that were moved between ranks."""
     expert_imbalance: float = 1.0
-    """As it was left by the last measurement: the busiest rank's load over the mean, in the worst layer."""
+    """After the last rebalance: the busiest rank's load over the mean, in the worst layer."""
     step_base_s: float = 0.0
     step_token_s: float = 0.0
-    """What a step costs by itself, and for each token in it; see `engine.step_cost`."""
+    """The estimated cost of a step and of each token in it; see `engine.step_cost`."""
     step_s: float = 0.0
     """Seconds of a step on the slowest sampling rank, smoothed over about 20 steps."""
 

@@ -1,1 +1,1 @@
-"""Guessing what a sequence says next, so that one step can compute several of its tokens."""
+"""Speculative decoding: drafts of a sequence's next tokens, so that one step can yield several."""

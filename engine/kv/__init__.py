@@ -1,1 +1,1 @@
-"""Whose KV lies in which block: the pool, and the prefix cache over it."""
+"""The KV blocks: their pool, and the prefix cache over it."""

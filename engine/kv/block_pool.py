@@ -1,4 +1,4 @@
-"""A fixed number of KV blocks: who uses them, what they still hold, and which are given away next."""
+"""A fixed number of KV blocks: their owners, their cached content, and the order of eviction."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -8,16 +8,17 @@ from engine.kv.keys import BlockKey
 
 
 class BlockListener(Protocol):
-    """Told what the prefix cache holds; a router can follow it. Of several shards each tells: what two hold is stored twice."""
+    """Called when the content of the prefix cache changes, so that a router can track it. Shards call it independently: a key that
+    two shards hold is stored twice."""
 
     def stored(self, key: BlockKey) -> None: ...
     def evicted(self, key: BlockKey) -> None: ...
 
 
 class BlockPool:
-    """Every block is in exactly one state: used (an owner counts on it), cached (no owner, but its content has a key) or free.
+    """Every block is in exactly one state: used (it has owners), cached (no owner, but its content can be found by key) or free.
 
-    Cached blocks are evicted least recently released first, and only when no free block is left.
+    Cached blocks are evicted only when no block is free, the least recently released first.
     """
 
     def __init__(self, num_blocks: int, listener: BlockListener | None = None) -> None:
@@ -49,7 +50,7 @@ class BlockPool:
         return self.num_free + self.num_cached
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks for one owner, their old content forgotten. The caller has looked at `num_available`."""
+        """Hand out blocks with one owner each; their old content is forgotten. The caller has checked `num_available`."""
         assert count <= self.num_available, f"asked for {count} blocks of {self}"
         blocks = []
         for _ in range(count):
@@ -59,7 +60,7 @@ class BlockPool:
         return blocks
 
     def find(self, keys: Iterable[BlockKey]) -> list[int]:
-        """The blocks that hold the longest run of `keys` from the first one; none of them changes state."""
+        """The blocks that hold the longest run of `keys`, beginning with the first key. Changes no state."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -69,17 +70,17 @@ class BlockPool:
         return found
 
     def num_cached_of(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` have no owner: sharing those takes them from what is available."""
+        """How many of `blocks` have no owner: sharing those makes `num_available` smaller."""
         return sum(block in self._cached for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more owner for each of the blocks, which `find` gave."""
+        """Add an owner to each of the blocks, which `find` returned."""
         for block in blocks:
             self._cached.pop(block, None)
             self._owners[block] += 1
 
     def publish(self, block: int, key: BlockKey) -> None:
-        """A used block is full and computed: it may be found by its key. An equal block that was there first stays the one found."""
+        """Let a used block that is full and computed be found by its key, unless an equal one was published before."""
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
@@ -87,7 +88,7 @@ class BlockPool:
                 self._listener.stored(key)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One owner less for each. The last blocks of a sequence are evicted before its first, which others share more likely."""
+        """Remove an owner from each. The last blocks of a sequence are evicted before its first, which others are more likely to share."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, f"block {block} was released twice"
@@ -99,7 +100,7 @@ class BlockPool:
                 self._free.append(block)
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """The content of these blocks is not to be found any more; whoever owns them keeps them."""
+        """Let the content of these blocks not be found any more. Their owners keep them."""
         for block in blocks:
             key = self._key_of.pop(block, None)
             if key is None:
@@ -112,7 +113,7 @@ class BlockPool:
                 self._listener.evicted(key)
 
     def clear(self) -> None:
-        """The content of every block is lost, and all owners with it."""
+        """Forget the content and the owners of all blocks."""
         for key in self._block_of:
             if self._listener is not None:
                 self._listener.evicted(key)

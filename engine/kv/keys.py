@@ -1,4 +1,4 @@
-"""Content keys of blocks: equal keys mean equal tokens from the very first one, within one salt."""
+"""Content keys of blocks: within one salt, equal keys mean equal tokens from the very first token on."""
 
 import hashlib
 from array import array
@@ -8,7 +8,7 @@ BlockKey = bytes
 
 
 def root_key(salt: str) -> BlockKey:
-    """The parent of a sequence's first block. Tenants with different salts share nothing."""
+    """The parent key of a sequence's first block. Requests with different salts share no blocks."""
     return hashlib.sha256(b"manta/1\0" + salt.encode()).digest()
 
 
