@@ -1,5 +1,6 @@
 """The `manta` command line. Each command is a file in `serve/commands/` and imports heavy modules only when it runs."""
 
+import errno
 import io
 import signal
 import sys
@@ -83,9 +84,18 @@ def _manta(version: Version = False) -> None:
     pass
 
 
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE)
+"""A full disk, a file system that is read-only, missing permissions, no file descriptors: told without a stack trace."""
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is under way is cleaned up, as at Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no letter for it shows "?"
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        sys.exit(f"manta: {error}")

@@ -335,6 +335,14 @@ def test_a_flag_that_nobody_has_is_answered_with_how_any_setting_is_said() -> No
     assert "(Possible options: --replicas)" in manta("up", "demo", "--replica", "2").output
 
 
+def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "serve", "config"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "manta: [Errno 28] No space left on device\n")
+
+
 def test_sigterm_cleans_up_as_ctrl_c_does() -> None:
     program = """
 import os, signal, time

@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,7 +24,7 @@ from serve.load.client import Answer
 from serve.load.report import Objective, summarise
 from serve.load.report import table_of as load_table
 from serve.overview_table import tables
-from serve.terminal import UNLIMITED, Column, ColumnTable, results, wrapped
+from serve.terminal import UNLIMITED, Column, ColumnTable, can_redraw, results, wrapped
 from tests.serve.test_overview_table import READY, SEEN
 from tests.serve.test_plan_command import manta
 
@@ -152,3 +153,10 @@ def test_help_fits_80_columns_and_no_summary_is_cut(command: tuple[str, ...], mo
     assert len(shown) > 4
     assert [line for line in shown if len(line) > 80] == []
     assert [line for line in shown if line.endswith("...") and not line.startswith("Usage")] == []
+
+
+@pytest.mark.parametrize(("term", "draws"), [("xterm", True), ("dumb", False), ("unknown", False)])
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term: str, draws: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("TERM", term)
+    assert can_redraw() is draws
