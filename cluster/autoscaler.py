@@ -1,7 +1,7 @@
-"""Ray Serve's autoscaling policy for engine replicas: `cluster.autoscaling`, fed from the directory.
+"""Ray Serve's autoscaling policy for engine replicas: runs `cluster.autoscaling` on the demand that the directory knows.
 
-Ray Serve's controller calls it about ten times a second and must not be kept waiting, so a thread beside asks the directory.
-Like the decisions it travels by value: see there.
+Ray Serve's controller calls the policy about ten times a second and must not block, so a thread polls the directory. Like
+`cluster.autoscaling` the policy is pickled by value, see there.
 """
 
 import logging
@@ -22,18 +22,18 @@ from cluster.autoscaling import AutoscalingConfig, Decider, Demand, parse_demand
 NAMESPACE = "manta"
 POLL_INTERVAL_S = 0.5
 MAX_AGE_S = 5.0
-"""Nothing is decided on what was seen longer ago."""
+"""With a demand older than this the policy keeps the number of replicas."""
 
 ray.cloudpickle.register_pickle_by_value(cluster.autoscaling)
 
 
 class ReplicaAutoscaler:
-    """A policy object of Ray Serve, one for each deployment. Without news it leaves everything as it is."""
+    """The policy object of one deployment. Without a recent demand it changes nothing."""
 
     def __init__(self, *, model: str, max_running: int, config: Mapping[str, Any]) -> None:
         self.model = model
         self.app: str | None = None
-        """Known once the controller has asked."""
+        """Set when the controller first calls the policy."""
         self._decider = Decider(config=AutoscalingConfig(**config), max_running=max_running)
         self._seen: tuple[float, Demand] | None = None
         threading.Thread(target=_poll_forever, args=(weakref.ref(self),), name="autoscaler", daemon=True).start()
@@ -48,16 +48,16 @@ class ReplicaAutoscaler:
         return self._decider.decide(seen[1], target=target, now=now, least=least, most=most), {}
 
     def refresh(self) -> None:
-        """Raises what Ray raises while the directory is away."""
+        """Read the demand from the directory. Raises Ray's errors if the directory is away."""
         if self.app is None:
             return
         actor: Any = ray.get_actor(f"replica-directory:{self.app}", namespace=NAMESPACE)
-        told: Any = ray.get(actor.demand.remote(self.model), timeout=MAX_AGE_S)
-        self._seen = (time.monotonic(), parse_demand(told))
+        reply: Any = ray.get(actor.demand.remote(self.model), timeout=MAX_AGE_S)
+        self._seen = (time.monotonic(), parse_demand(reply))
 
 
 def _poll_forever(reference: "weakref.ref[ReplicaAutoscaler]") -> None:
-    """As long as the policy is used."""
+    """Poll until the policy has been garbage-collected."""
     while (policy := reference()) is not None:
         try:
             policy.refresh()
@@ -70,7 +70,7 @@ def _poll_forever(reference: "weakref.ref[ReplicaAutoscaler]") -> None:
 def serve_autoscaling(
     config: AutoscalingConfig, *, model: str, max_running: int, least: int, most: int, initial: int
 ) -> ServeAutoscalingConfig:
-    """For the deployment's options. Ray Serve adds no delays of its own: the policy has its."""
+    """Ray Serve's autoscaling options of a deployment. Its own delays are 0, because the policy has delays of its own."""
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
     return ServeAutoscalingConfig(
         min_replicas=least,

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 STARVATION_FACTOR = 4
-"""How many times `RouterConfig.stall_timeout_s` a stream waits while its replica serves others."""
+"""How many times `RouterConfig.stall_timeout_s` a stream waits for a token while its replica serves other streams."""
 SLOW_STEP_FACTOR = 4
-"""How many times as long as usual a step may take before it is doubted."""
+"""How many times as long as usual a step may take before the replica counts as stalled."""
 
 
 def _must_be_positive(config: object, *names: str) -> None:
@@ -41,7 +41,7 @@ class RankResources:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaConfig:
-    """How a replica watches and restores its ranks, and how it talks to the fronts."""
+    """How a replica monitors and restarts its ranks, and how it communicates with the fronts."""
 
     start_timeout_s: float = 1800.0
     """A rank that reports no loading progress for this long is considered lost."""

@@ -1,10 +1,10 @@
-"""Errors of the cluster. `serve/errors.py` maps each to an HTTP and a gRPC answer."""
+"""Errors of this package. `serve/errors.py` maps each to an HTTP and a gRPC response."""
 
 from engine.errors import EngineError, WorkersLost
 
 
 class ReplicaLost(EngineError):
-    """The replica that computed an answer is gone and no attempt is left."""
+    """The replica that computed the answer was lost, and no attempt is left."""
 
     def __init__(self, *, attempts: int, last: str) -> None:
         super().__init__(f"the answer was lost {attempts} times with its replica (last: {last}); try again")
@@ -12,11 +12,11 @@ class ReplicaLost(EngineError):
 
 
 class HostUnreachable(WorkersLost):
-    """The ranks were lost because `host`, where one of them ran, cannot be reached any more."""
+    """The ranks were lost because `host`, where one of them ran, became unreachable."""
 
 
 class HostLost(EngineError):
-    """A host can no longer be reached that computed the answer, and no replica became ready in place of the one that it was part of."""
+    """A host that computed the answer became unreachable, and no replica became ready to replace the one that it was part of."""
 
     def __init__(self, *, host: str, waited_s: float, retry_after_s: float = 5.0) -> None:
         super().__init__(
@@ -27,7 +27,7 @@ class HostLost(EngineError):
 
 
 class ResumesExhausted(EngineError):
-    """More streams lost their replica within a short time than are given another."""
+    """More streams lost their replica within a short time than may be resumed."""
 
     def __init__(self, *, resumes: int, window_s: float, retry_after_s: float = 5.0) -> None:
         super().__init__(f"more than {resumes} answers lost their replica within {window_s:g} s; try again in {retry_after_s:g} s")
@@ -51,22 +51,22 @@ class SlowReader(EngineError):
 
 
 class RequestAborted(EngineError):
-    """Whoever runs the server ended the request. Sending it again is not what they want."""
+    """An operator of the server ended the request; clients should not retry it."""
 
     def __init__(self) -> None:
         super().__init__("the request was ended by an operator of this server")
 
 
 class ChannelError(EngineError):
-    """A message of another version or kind, or a malformed one."""
+    """A message of an unknown version or kind, a malformed one, or an endpoint that cannot be reached."""
 
 
 class StartFailed(EngineError):
-    """The ranks could not be started; the message carries what the failing rank said."""
+    """The ranks could not be started; the message has the error of the rank that failed."""
 
 
 class UnfitHosts(StartFailed):
-    """What was found on the hosts, before anything was loaded, cannot end well however often it is tried; the message names them."""
+    """Checks before loading found that the ranks cannot run on these hosts, so retrying is useless; the message names the hosts."""
 
 
 class RecoveryGivenUp(EngineError):

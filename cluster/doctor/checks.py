@@ -1,4 +1,4 @@
-"""What follows from the facts of all ranks. Pure functions: facts and need in, findings out."""
+"""The checks of `manta doctor`: pure functions from the facts of all ranks and their needs to findings."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,8 @@ SEGMENT_BYTES = 12 * MIB
 NCCL_SHM_BYTES = 64 * MIB
 """NCCL's buffers for each rank that shares a host, roughly; with less it fails with "unhandled system error"."""
 CLOCK_WARNING_S, CLOCK_FATAL_S = 0.5, 30.0
-"""Deadlines travel as durations; logs and traces are compared by time, and tokens and certificates expire by it."""
+"""Deadlines are sent as durations and do not depend on clocks, but logs and traces are compared by time, and tokens and certificates
+expire by it."""
 OPEN_FILES = 4096
 MUST_AGREE = ("manta", "torch", "ray", "nccl")
 GPU_BUSY_FRACTION = 0.05
@@ -24,12 +25,12 @@ SLOW_MBIT = 10_000
 
 
 def examine(facts: Facts, need: Need) -> list[Finding]:
-    """All findings, the gravest first."""
+    """All findings, the most severe first."""
     return ordered(finding for check in CHECKS for finding in check(facts, need))
 
 
 def _versions(facts: Facts, need: Need) -> Iterator[Finding]:
-    """Fatal: ranks of different releases disagree about messages and collectives, or hang in them."""
+    """Fatal, because ranks of different versions disagree about messages and collectives, or hang in them."""
     for name in MUST_AGREE:
         yield from _must_agree(facts, name, [each.versions.get(name) for each in facts])
     yield from _must_agree(facts, "Python", [_minor(each.python) for each in facts])
@@ -53,7 +54,7 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
             todo="check that nvidia-smi works there, that the container is given GPUs, and resources.gpus",
         )  # fmt: skip
     for each, gpu in _once_per_gpu(facts):
-        if not gpu.total_bytes:  # nobody said
+        if not gpu.total_bytes:  # unknown
             continue
         if gpu.used_bytes > GPU_BUSY_FRACTION * gpu.total_bytes:
             yield Finding(
@@ -71,7 +72,7 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
 
 
 def _launcher(facts: Facts, need: Need) -> Iterator[Finding]:
-    """A rank would say so at its first kernel, when all weights are loaded."""
+    """Otherwise a rank would fail at its first kernel, after all weights are loaded."""
     for each in _first_of_hosts([each for each in facts if each.triton_launcher_problem and need.device == "cuda"]):
         yield Finding(
             severity=Severity.FATAL, check="compiler", host=each.host, ranks=(each.rank,),
@@ -109,7 +110,7 @@ def _interface(facts: Facts, need: Need) -> Iterator[Finding]:
 
 
 def _shared_memory(facts: Facts, need: Need) -> Iterator[Finding]:
-    """A rank that finds /dev/shm full is ended by SIGBUS, without a word."""
+    """If /dev/shm is full, a rank is killed by SIGBUS without an error message."""
     ranks = Counter(each.host for each in facts)
     for each in _first_of_hosts(facts):
         if ranks[each.host] == 1:
@@ -196,7 +197,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def _must_agree(facts: Facts, name: str, values: Sequence[str | None]) -> Iterator[Finding]:
-    """What most have is right; who has something else is guilty."""
+    """Fatal for ranks whose value differs from the most common one."""
     common = Counter(values).most_common(1)[0][0] if values else None
     odd = [(each, value) for each, value in zip(facts, values, strict=True) if value != common]
     for host in dict.fromkeys(each.host for each, _ in odd):
@@ -226,7 +227,7 @@ def _once_per_gpu(facts: Facts) -> Iterator[tuple[HostFacts, GpuFacts]]:
 
 
 def _minor(python: str) -> str:
-    """Patch releases of Python agree about everything that passes between ranks."""
+    """Patch releases of Python are compatible in everything that ranks exchange."""
     return ".".join(python.split(".")[:2])
 
 

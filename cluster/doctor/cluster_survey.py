@@ -1,4 +1,4 @@
-"""The same examination on the hosts of a Ray cluster: in the workers of a replica, or in a placement group like a replica's."""
+"""Examines the hosts of a Ray cluster: in the workers of a replica, or in actors placed like the ranks of a replica."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ PLACE_S = 60.0
 
 
 def survey_actors(actors: Sequence[Any], need: Need, ask: Callable[[Any], Any]) -> Survey:
-    """Facts of every actor's process, judged together. ``ask`` makes the remote call, which returns `Examined`.
+    """Gather the facts of every actor's process and run the checks. ``ask`` makes the remote call, which returns `Examined`.
 
     Raises:
-        ray.exceptions.RayError, GetTimeoutError: one of them could not answer.
+        ray.exceptions.RayError, GetTimeoutError: an actor did not answer.
     """
     asked_s = time.time()
     examined: list[Examined] = ray.get([ask(actor) for actor in actors], timeout=EXAMINE_S)
@@ -33,7 +33,7 @@ def survey_actors(actors: Sequence[Any], need: Need, ask: Callable[[Any], Any]) 
 
 
 def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, host_check: HostCheck | None) -> Survey:
-    """Where a replica of this layout would come to stand now: facts, findings, links. Ray must have been joined."""
+    """Examine the hosts where a replica of this layout would be placed now, and the links between its ranks. Needs a joined Ray cluster."""
     group = placement_group(placement.bundles(topology, resources), strategy=placement.strategy(resources))
     try:
         if not group.wait(PLACE_S):
@@ -54,7 +54,7 @@ def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, 
 
 
 class Examiner:
-    """An actor in the place of a rank."""
+    """An actor that is placed like a rank."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -63,7 +63,7 @@ class Examiner:
         return examine_rank(self._rank, ray.util.get_node_ip_address(), cache_folder(), host_check)
 
     def find_rendezvous(self) -> tuple[str, int]:
-        """An address of this host where the ranks may meet."""
+        """A free address on this host for the rendezvous of the ranks."""
         from parallel.groups import free_rendezvous
 
         meeting = free_rendezvous(ray.util.get_node_ip_address())
@@ -77,18 +77,18 @@ def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: N
     host, port = ray.get(actors[0].find_rendezvous.remote(), timeout=EXAMINE_S)
     hosts = tuple(each.host for each in survey.facts)
     calls = [actor.measure.remote(topology, host, port, need.device, hosts) for actor in actors]
-    told: list[Finding] = []
+    findings: list[Finding] = []
     for each, call in zip(survey.facts, calls, strict=True):
         try:
             measured = ray.get(call, timeout=MEASURE_S)
-            told.extend(measured if each.rank == 0 else ())
-        except Exception as error:  # of Ray, or what the rank raised
-            told.append(communication_failure(each.host, each.rank, unwrap_ray_error(error)))
-    return survey.with_findings(told)
+            findings.extend(measured if each.rank == 0 else ())
+        except Exception as error:  # Ray's, or the rank's
+            findings.append(communication_failure(each.host, each.rank, unwrap_ray_error(error)))
+    return survey.with_findings(findings)
 
 
 def unwrap_ray_error(error: Exception) -> Exception:
-    """What an actor raised, without what Ray puts around it: an address, colours and a traceback."""
+    """The exception that an actor raised, without what Ray adds to it: an address, colours and a traceback."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, Exception) else error
 

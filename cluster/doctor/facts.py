@@ -1,4 +1,4 @@
-"""What is known of one rank's process and its host. Gathered by `cluster.doctor.gather`, judged by `cluster.doctor.checks`."""
+"""Facts about one rank's process and its host. `cluster.doctor.gather` gathers them, `cluster.doctor.checks` evaluates them."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class GpuFacts:
     index: int
     name: str
     total_bytes: int
-    """0: nvidia-smi does not say, as of a part of a GPU (MIG)."""
+    """0 if nvidia-smi does not report it, as for a MIG instance."""
     used_bytes: int
-    """By anyone, before this process took any."""
+    """Memory in use by any process, before this one allocates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class InterfaceFacts:
     address: str
     is_up: bool
     speed_mbit: int
-    """0: it does not say."""
+    """0 if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class HostFacts:
     rank: int
     python: str
     versions: dict[str, str]
-    """Of the libraries that must agree: torch, ray, nccl, ... by name; one that is not installed is not there."""
+    """Library name -> version: torch, ray, nccl, ... Libraries that are not installed are left out."""
     driver: str | None
-    """Of NVIDIA; None: there is none."""
+    """Version of the NVIDIA driver; None if there is none."""
     gpus: tuple[GpuFacts, ...]
     interface: InterfaceFacts | None
     cores: int
@@ -48,32 +48,32 @@ class HostFacts:
     open_files_limit: int
     compiler: str | None
     shared_memory_built: bool
-    """Whether the CPU kernels, which bring the collectives through shared memory, were compiled on this host."""
+    """Whether the CPU kernels, which include the collectives through shared memory, have been compiled on this host."""
     triton_launcher_problem: str | None = None
-    """Why Triton cannot build here what it launches kernels by, as it does once on a host of GPUs."""
+    """Why Triton cannot compile its kernel launcher, which it does once on each host with GPUs; None if it can."""
     checkpoint_problem: str | None = None
-    """Why the checkpoint cannot be opened from here."""
+    """Why the checkpoint cannot be opened from this host; None if it can."""
     clock_ahead_at_least_s: float = 0.0
-    """How far this host's clock is provably off the asker's (negative: behind)."""
+    """By how much this host's clock is provably ahead of the caller's (negative: behind)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What the ranks are going to want."""
+    """What the ranks will need."""
 
     device: str = "cpu"
     """"cpu" or "cuda"."""
     gpus_per_rank: float = 0.0
     weights_bytes: int = 0
-    """Of the fullest rank, as it will hold them."""
+    """Weights of the largest rank, in the format in which it will hold them."""
     cache_bytes: int = 0
-    """On the disk of the cache folder."""
+    """Disk space in the cache folder."""
 
 
 def clock_ahead(*, asked_s: float, began_s: float, ended_s: float, answered_s: float) -> float:
-    """How far another clock is provably ahead of ours, from a question asked and answered at times of our clock.
+    """By how much another clock is provably ahead of ours. ``asked_s`` and ``answered_s`` are by our clock, the others by the other clock.
 
-    The other side began after we asked and ended before we had the answer; what its clock says beyond that is its error.
+    The other side began after we asked and ended before we had the answer; its clock is off by what it shows outside of that interval.
     """
     if began_s < asked_s:
         return began_s - asked_s

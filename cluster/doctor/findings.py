@@ -1,4 +1,4 @@
-"""What a doctor says: one finding, and how grave it is."""
+"""A finding of `manta doctor`, and its severity."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from enum import StrEnum
 
 class Severity(StrEnum):
     NOTE = "note"
-    """It works; this is how."""
+    """Information on something that works."""
     WARNING = "warning"
-    """It works, and not as well as it could."""
+    """It works, but not as well as it could."""
     FATAL = "fatal"
     """It cannot work, or not for long."""
 
@@ -19,12 +19,12 @@ ORDER = (Severity.FATAL, Severity.WARNING, Severity.NOTE)
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was found, in a sentence, and in another what to do about it."""
+    """One problem or fact (``found``), and what to do about it (``todo``)."""
 
     severity: Severity
     check: str
     host: str | None
-    """The guilty one; None: it is about all."""
+    """The host that it is about; None if it is about all."""
     found: str
     todo: str = ""
     ranks: tuple[int, ...] = ()
@@ -42,5 +42,5 @@ def is_fatal(findings: Iterable[Finding]) -> bool:
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """The gravest first."""
+    """The most severe first."""
     return sorted(findings, key=lambda finding: ORDER.index(finding.severity))

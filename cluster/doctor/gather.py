@@ -1,4 +1,4 @@
-"""Facts of this process and its host, in well under a second: torch is not imported, no CUDA context is made."""
+"""Gathers the facts about this process and its host in well under a second: without importing torch or creating a CUDA context."""
 
 import os
 import platform
@@ -20,15 +20,15 @@ LIBRARIES = {
     "manta": ("manta",), "torch": ("torch",), "ray": ("ray",), "safetensors": ("safetensors",),
     "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
 }  # fmt: skip
-"""Name in a finding -> distributions that bring it. Which CUDA torch was built for is part of its version (2.13.0+cu130)."""
+"""Name in findings -> distributions that provide it. The CUDA version of torch is part of its version (2.13.0+cu130)."""
 QUERY = "index,uuid,name,memory.total,memory.used,driver_version"
-SHARED = Path("/dev/shm")  # noqa: S108  (where NCCL and our CPU kernels put what ranks of a host share)
+SHARED = Path("/dev/shm")  # noqa: S108  (shared memory of NCCL and of the CPU kernels)
 CGROUP = Path("/sys/fs/cgroup")
 MIB = 2**20
 
 
 def gather(*, rank: int, address: str | None, cache_folder: Path, open_checkpoint: Callable[[], None] | None = None) -> HostFacts:
-    """``address`` is this host's in the cluster. ``open_checkpoint`` raises if it cannot be opened from here."""
+    """``address``: that of this host in the cluster. ``open_checkpoint`` raises if the checkpoint cannot be opened from here."""
     shm, cache = shutil.disk_usage(SHARED), shutil.disk_usage(_nearest(cache_folder))
     driver, gpus = _nvidia()
     return HostFacts(
@@ -57,7 +57,7 @@ def _problem(act: Callable[[], None] | None) -> str | None:
     try:
         if act is not None:
             act()
-    except Exception as error:  # whatever it is, it is what there is to say
+    except Exception as error:  # any error is the finding
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -72,12 +72,12 @@ def _version(distributions: tuple[str, ...]) -> str | None:
 
 
 def gpus_here() -> tuple[GpuFacts, ...]:
-    """Those that this process may use."""
+    """The GPUs that this process may use."""
     return _nvidia()[1]
 
 
 def _nvidia() -> tuple[str | None, tuple[GpuFacts, ...]]:
-    """Driver and the GPUs of this process (nvidia-smi lists all of the host; CUDA_VISIBLE_DEVICES says which are ours)."""
+    """The driver's version and the GPUs of this process: nvidia-smi lists all GPUs of the host, CUDA_VISIBLE_DEVICES selects."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None, ()
@@ -90,8 +90,10 @@ def _nvidia() -> tuple[str | None, tuple[GpuFacts, ...]]:
 
 
 def parse_gpus(listing: str, visible: str | None) -> tuple[str | None, tuple[GpuFacts, ...]]:
-    """From nvidia-smi's CSV. ``visible``: indices or UUIDs (or their beginnings), in the CUDA library's syntax; None = all. Parts of GPUs
-    (MIG) have UUIDs that it does not list, and of a GPU that is in parts it may not say how much memory that has."""
+    """Parse nvidia-smi's CSV. ``visible``: the value of CUDA_VISIBLE_DEVICES, with indices, UUIDs or their prefixes; None = all GPUs.
+
+    nvidia-smi's list has no MIG instances, and may lack the memory of a GPU that is divided into them.
+    """
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == QUERY.count(",")]
     wanted = None if visible is None else [item.strip() for item in visible.split(",") if item.strip()]
     gpus = [
@@ -105,13 +107,13 @@ def parse_gpus(listing: str, visible: str | None) -> tuple[str | None, tuple[Gpu
 
 
 def _mib_in(cell: str) -> int:
-    """Bytes; 0 where there is no number."""
+    """Bytes in a cell with MiB; 0 if it is not a number."""
     return int(cell) * MIB if cell.isdigit() else 0
 
 
 def triton_launcher_problem(environment: Mapping[str, str], include: Path | None = None) -> str | None:
-    """What Triton lacks (read in 3.7.1, `triton.runtime.build`) to compile its launcher, unless it has one that it kept: every process on a
-    GPU does so before its first kernel. ``include``: where Python's headers would lie."""
+    """What Triton lacks to compile its kernel launcher, unless a compiled one is cached; None if nothing. Every process does so before its
+    first kernel on a GPU (`triton.runtime.build`, as of 3.7.1). ``include``: the folder of Python's headers."""
     if find_spec("triton") is None or any(_triton_cache(environment).glob("*/cuda_utils*.so")):
         return None
     if not environment.get("CC") and not any(shutil.which(name, path=environment.get("PATH", "")) for name in ("gcc", "clang")):
@@ -140,20 +142,21 @@ def _memory_available(cgroup: Path = CGROUP) -> int:
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
         pairs = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        cached = next((int(value) for name, value in pairs if name == "inactive_file"), 0)  # counted as used, and given up when wanted
+        cached = next((int(value) for name, value in pairs if name == "inactive_file"), 0)  # counted as used, but reclaimable
         return available if limit == "max" else max(0, min(available, int(limit) - int(used) + cached))
     except (OSError, ValueError):
         return available
 
 
 def _shared_memory_built() -> bool:
-    """Whether kernels lie where `parallel.native.library.built_path` has them; whether the right ones is seen when ranks join."""
+    """Whether there are kernels in the folder of `parallel.native.library.built_path`. Whether they are the right ones is checked when the
+    ranks open their groups."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return any((cache / "manta" / "native").glob("*/*.so"))
 
 
 def cache_folder() -> Path:
-    """As `model.checkpoint_folder.cache_folder`, which comes with torch."""
+    """The same as `model.checkpoint_folder.cache_folder`, which imports torch."""
     own = os.environ.get("MANTA_CACHE")
     return Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta"))
 

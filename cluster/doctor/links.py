@@ -1,4 +1,4 @@
-"""How fast the ranks of a group really talk: each link of the ring by itself, then all of them together. Runs in the ranks."""
+"""Measures the links between the ranks of a group: an all-reduce, and each link of the ring by itself. Runs in the ranks."""
 
 import time
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from parallel.collectives import all_gather, all_reduce, barrier, receive, send
 from parallel.groups import Group
 
 SMALL_BYTES = 16 * 2**10
-"""About what a decode step reduces: its time is latency."""
+"""About the size of an all-reduce in a decode step, which is dominated by latency."""
 LARGE_BYTES = 16 * 2**20
-"""About what a prefill step reduces: its time is bandwidth."""
+"""About the size of an all-reduce in a prefill step, which is dominated by bandwidth."""
 REPEATS_SMALL, REPEATS_LARGE = 20, 3
 SLOW_LINK = 4.0
-"""So many times slower than the median link is worth a word."""
+"""A link that is this many times slower than the median link is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What was measured; the same on every rank."""
+    """The measurements; the same on every rank."""
 
     transport: str
     latency_s: float
-    """Of an all-reduce of `SMALL_BYTES`, as the slowest rank has it."""
+    """Time of an all-reduce of `SMALL_BYTES` on the slowest rank."""
     bandwidth_bytes_per_s: float
-    """Of an all-reduce of `LARGE_BYTES`: what each rank sends, 2 (n - 1) / n of the message for a ring, by its time."""
+    """Bytes that each rank sends in an all-reduce of `LARGE_BYTES` (2 (n - 1) / n of the message in a ring), divided by its time."""
     link_bandwidths: tuple[float, ...]
-    """From each rank to the next one, and from the last to the first, in bytes/s, while all others are silent."""
+    """From each rank to the next one, and from the last to the first, in bytes/s, while all other links are idle."""
 
 
 def measure_links(group: Group, device: torch.device) -> Links:
@@ -40,7 +40,7 @@ def measure_links(group: Group, device: torch.device) -> Links:
     """
     small = torch.ones(SMALL_BYTES // 4, device=device)
     large = torch.ones(LARGE_BYTES // 4, device=device)
-    for x in (small, large):  # connections and buffers are made at the first use
+    for x in (small, large):  # the first use opens connections and allocates buffers
         if not torch.equal(all_reduce(x.clone(), group), torch.full_like(x, float(group.size))):
             raise ArithmeticError(f"an all-reduce of {x.nbytes} bytes over {group!r} gave a wrong sum")
     latency_s = _slowest(_timed(lambda: all_reduce(small.clone(), group), REPEATS_SMALL, group, device), group, device)
@@ -55,11 +55,11 @@ def measure_links(group: Group, device: torch.device) -> Links:
 
 
 def link_findings(links: Links, hosts: tuple[str, ...]) -> list[Finding]:
-    """``hosts``: of each rank."""
+    """``hosts``: the host of each rank."""
     if not links.link_bandwidths:
         return []
     median = sorted(links.link_bandwidths)[len(links.link_bandwidths) // 2]
-    told = [
+    findings = [
         Finding(
             severity=Severity.NOTE,
             check="all-reduce",
@@ -70,8 +70,10 @@ def link_findings(links: Links, hosts: tuple[str, ...]) -> list[Finding]:
     ]
     for rank, bandwidth in enumerate(links.link_bandwidths):
         after = (rank + 1) % len(hosts)
-        if bandwidth * SLOW_LINK < median and (hosts[rank] != hosts[after] or "nccl" in links.transport):  # between processes it is noise
-            told.append(
+        if bandwidth * SLOW_LINK < median and (
+            hosts[rank] != hosts[after] or "nccl" in links.transport
+        ):  # between processes of a host it is noise
+            findings.append(
                 Finding(
                     severity=Severity.WARNING,
                     check="link",
@@ -82,11 +84,11 @@ def link_findings(links: Links, hosts: tuple[str, ...]) -> list[Finding]:
                     todo="look at the cable, the switch port and the interface (ethtool, nvidia-smi topo -m)",
                 )
             )
-    return told
+    return findings
 
 
 def _timed(act: Callable[[], object], repeats: int, group: Group, device: torch.device) -> float:
-    """Seconds of one, the mean of several in a row."""
+    """Seconds of one call: the mean of ``repeats`` calls in a row."""
     barrier(group)
     started = time.monotonic()
     for _ in range(repeats):
@@ -97,7 +99,7 @@ def _timed(act: Callable[[], object], repeats: int, group: Group, device: torch.
 
 
 def _link(x: torch.Tensor, source: int, group: Group, device: torch.device) -> float:
-    """Bytes/s from ``source`` to the next rank; an answer of one element says when all has come."""
+    """Bytes/s from ``source`` to the next rank, which answers with one element once it has received all."""
     target = (source + 1) % group.size
 
     def there_and_back() -> None:

@@ -1,4 +1,4 @@
-"""One rank examined, and all of them judged; on this machine alone, in processes of its own."""
+"""Examines ranks and runs the checks on all of them. On this machine alone each rank is a process; on Ray see `cluster_survey`."""
 
 import multiprocessing
 import time
@@ -17,12 +17,12 @@ LOOPBACK = "127.0.0.1"
 LINKS_TIMEOUT_S = 120.0
 
 HostCheck = Callable[[], None]
-"""Raises if what a rank will need is not to be had where it is called."""
+"""Raises if the host where it is called lacks something that a rank needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """Facts of one rank, and when they were gathered, by its host's clock (Unix time)."""
+    """Facts of one rank, and when gathering them began and ended, in Unix time by its host's clock."""
 
     facts: HostFacts
     began_s: float
@@ -31,13 +31,13 @@ class Examined:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What was seen of all ranks, and what follows from it."""
+    """The facts of all ranks and the findings."""
 
     facts: tuple[HostFacts, ...]
     findings: tuple[Finding, ...]
 
     def with_findings(self, more: Sequence[Finding]) -> "Survey":
-        """The same with more findings."""
+        """A copy with additional findings."""
         return replace(self, findings=tuple(ordered((*self.findings, *more))))
 
 
@@ -48,7 +48,7 @@ def examine_rank(rank: int, address: str | None, cache_folder: Path, host_check:
 
 
 def judge(examined: Sequence[Examined], need: Need, *, asked_s: float, answered_s: float) -> Survey:
-    """All ranks together. ``asked_s`` and ``answered_s`` by the clock of who asked."""
+    """Run the checks on all ranks. ``asked_s`` and ``answered_s``: Unix time by the caller's clock."""
     facts = tuple(
         replace(
             each.facts,
@@ -60,7 +60,7 @@ def judge(examined: Sequence[Examined], need: Need, *, asked_s: float, answered_
 
 
 def survey_this_machine(topology: Topology, need: Need, *, cache_folder: Path, host_check: HostCheck | None) -> Survey:
-    """Every rank in a process of its own; several ranks also measure how they talk."""
+    """Examine every rank in a process of its own; several ranks also measure the links between them."""
     context = multiprocessing.get_context("spawn")
     asked_s = time.time()
     with ProcessPoolExecutor(topology.size, mp_context=context) as processes:
@@ -80,7 +80,7 @@ def survey_this_machine(topology: Topology, need: Need, *, cache_folder: Path, h
 
 
 def measure(topology: Topology, rank: int, host: str, port: int, device: str, hosts: tuple[str, ...]) -> list[Finding]:
-    """The links between all ranks, as every one of them sees it; to be called on all at the same time."""
+    """Measure the links between all ranks. Must be called on all ranks at the same time; returns the findings on each."""
     import torch
 
     from cluster.doctor.links import link_findings, measure_links
@@ -93,17 +93,17 @@ def measure(topology: Topology, rank: int, host: str, port: int, device: str, ho
 
 
 def with_links(survey: Survey, measuring: Sequence[Future[list[Finding]]]) -> Survey:
-    """The survey with what rank 0 measured; a rank that could not take part is the guilty one."""
-    told: list[Finding] = []
+    """Add rank 0's measurements, and a finding for each rank that could not take part."""
+    findings: list[Finding] = []
     for each, future in zip(survey.facts, measuring, strict=True):
         try:
             measured = future.result()
-        except Exception as error:  # whatever a rank raised
+        except Exception as error:  # any error of the rank
             measured = []
-            told.append(communication_failure(each.host, each.rank, error))
+            findings.append(communication_failure(each.host, each.rank, error))
         if each.rank == 0:
-            told.extend(measured)
-    return survey.with_findings(told)
+            findings.extend(measured)
+    return survey.with_findings(findings)
 
 
 def communication_failure(host: str, rank: int, error: Exception) -> Finding:
