@@ -1,4 +1,4 @@
-"""Place 6 of a request: the engine's loop. It takes requests in, runs the scheduler and the executor, and hands events out."""
+"""Step 6 of a request: the engine's loop. It takes requests in, runs the scheduler and the executor, and hands events out."""
 
 import logging
 import threading

@@ -101,7 +101,7 @@ def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypat
 
 
 @pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])
-def test_settings_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         ReplicaConfig(**bad)  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ CONFIG = EngineConfig(block_tokens=16, max_step_tokens=1024, max_running=64, max
 CAPACITY = Capacity(num_blocks=4096, block_tokens=16, max_context_tokens=4096)
 MEAN_PROMPT, MEAN_OUTPUT = 512, 96
 WORDS = tuple(range(2 * MEAN_PROMPT))
-"""Which tokens they are makes no difference: the prefix cache is off."""
+"""Their values do not matter: the prefix cache is off."""
 SHARE_PER_S = 0.5 * CONFIG.max_running / (MEAN_OUTPUT * (STEP_S + CONFIG.max_running * (1 + MEAN_PROMPT / MEAN_OUTPUT) * TOKEN_S))
 """Requests a second that are half of what the engine can serve."""
 

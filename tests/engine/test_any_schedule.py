@@ -1,4 +1,4 @@
-"""The law of the engine: an answer does not depend on the schedule."""
+"""The invariant of the engine: an answer does not depend on the schedule."""
 
 import random
 from dataclasses import dataclass, replace
@@ -27,31 +27,31 @@ class Happened:
     resumed: int = 0
     poisoned: int = 0
     moved: int = 0
-    """Sequences that came back to another shard after they had given way."""
+    """Sequences that were preempted and reopened on another shard."""
     reluctant: int = 0
-    """Steps that gave no token to anybody."""
+    """Steps that yielded no token."""
     overlapped: int = 0
-    """Works planned while an earlier one of their sequence was not answered yet."""
+    """Works planned while an earlier one of the same sequence was in flight."""
     held: int = 0
-    """Guessed tokens that were right."""
+    """Accepted draft tokens."""
     refuted: int = 0
-    """And that were not."""
+    """Rejected draft tokens."""
     guessed: int = 0
-    """Tokens that the ranks' draft model guessed."""
+    """Tokens that the ranks' draft model proposed."""
     scored: int = 0
-    """Prompts whose log-probabilities were told."""
+    """Prompts with log-probabilities."""
     pooled: int = 0
     """Embeddings."""
     promised: int = 0
-    """Works planned on a token that was not known yet."""
+    """Works planned ahead for a token that was not known yet."""
     broken: int = 0
-    """Those of which it did not come."""
+    """Those whose token was never sampled."""
     uncut: int = 0
-    """Embeddings whose prompt had to be whole in one step, and was."""
+    """Embeddings whose prompt had to be computed in one step, and was."""
 
 
 class Guesser:
-    """Right with a certain chance at every token."""
+    """A proposer whose tokens are each right with a fixed probability."""
 
     def __init__(self, draw: random.Random) -> None:
         self._draw, self._chance = draw, draw.random()
@@ -72,7 +72,7 @@ def random_speculator(draw: random.Random) -> Speculator | None:
 
 
 def disturbed(seed: int, happened: Happened) -> None:
-    """One random life of an engine, held against the undisturbed answers."""
+    """One random run of an engine, compared with the undisturbed answers."""
     draw, reluctance = random.Random(seed), random.Random(~seed)
     executors: list[FakeExecutor] = []
     speculator = random_speculator(random.Random(f"guesses {seed}"))
@@ -150,7 +150,7 @@ def num_moved(executor: FakeExecutor) -> int:
 
 
 def random_request(draw: random.Random, index: int) -> Request:
-    """Few different prompts, so that prefixes are shared, also in the middle of a block."""
+    """Few distinct prompts, so that prefixes are shared, also up to the middle of a block."""
     prompt = tuple(range(draw.choice([1, 3, 4, 9, 16, 21]))) + tuple(draw.randrange(3) for _ in range(draw.randint(0, 3)))
     max_tokens = draw.randint(1, 16)
     seed, choice = draw.randrange(2), draw.randrange(2)
@@ -175,7 +175,7 @@ def of_some_tenant(draw: random.Random, request: Request) -> Request:
 
 
 def for_its_embedding(draw: random.Random, request: Request) -> Request:
-    """One in six wants a vector in place of an answer, and half of these of a model whose tokens all see each other."""
+    """One in six requests wants an embedding, half of these with non-causal attention."""
     if draw.random() >= 1 / 6:
         return request
     pooling = Pooling(kind=draw.choice(["last", "mean", "first"]), is_causal=draw.random() < 0.5)

@@ -1,4 +1,4 @@
-"""What goes wrong with one request, or with the ranks, stays with it: nothing else fails, and nothing is left behind."""
+"""A fault of one request, or of the ranks, is contained: nothing else fails, and nothing is leaked."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_what_a_faulty_sequence_computed_is_shared_with_nobody():
+def test_blocks_of_a_faulty_sequence_are_not_shared():
     scheduler = Scheduler(CONFIG, CAPACITY)
     prompt = tuple(range(12))
     scheduler.add(request_of("faulty", prompt))
@@ -46,7 +46,7 @@ def test_what_a_faulty_sequence_computed_is_shared_with_nobody():
     assert scheduler.schedule().works[0].start == 0
 
 
-def test_forgotten_blocks_stay_with_their_owners_and_are_free_without_any():
+def test_forgotten_blocks_stay_with_their_owners_or_become_free():
     pool = BlockPool(4)
     kept, left = pool.allocate(2)
     pool.publish(kept, b"kept")
@@ -67,7 +67,7 @@ def test_a_sequence_that_got_no_token_fails_alone():
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_tokens_that_are_no_numbers_fail_their_request_alone(prefix_cache):
+def test_invalid_tokens_fail_only_their_request(prefix_cache):
     engine = Engine(FakeExecutor(), EngineConfig(block_tokens=4, prefix_cache=prefix_cache))
     recorder = Recorder()
     for request in (request_of("good"), request_of("bad", (1, 2, 2**70, 4, 5)), request_of("worse", (1, "2", 3, 4, 5))):
@@ -82,7 +82,7 @@ def test_tokens_that_are_no_numbers_fail_their_request_alone(prefix_cache):
     ("sampling", "reason", "stop_token"),
     [({"max_tokens": 2}, "length", None), ({"stop_token_ids": (9,)}, "stop", 9), ({"max_tokens": 2, "stop_token_ids": (9,)}, "stop", 9)],
 )
-def test_an_answer_that_was_committed_whole_only_ends(sampling, reason, stop_token):
+def test_a_request_whose_whole_answer_is_committed_only_ends(sampling, reason, stop_token):
     executor = FakeExecutor()
     engine = Engine(executor, CONFIG)
     engine.submit(request_of("a", committed=(8, 9), **sampling))
@@ -92,7 +92,7 @@ def test_an_answer_that_was_committed_whole_only_ends(sampling, reason, stop_tok
     assert not engine.scheduler.num_requests
 
 
-def test_a_committed_stop_token_before_min_tokens_ends_nothing():
+def test_a_committed_stop_token_before_min_tokens_does_not_end_the_answer():
     scheduler = Scheduler(CONFIG, CAPACITY)
     assert scheduler.add(request_of("a", committed=(9,), min_tokens=1, stop_token_ids=(9,))) == []
 
@@ -105,7 +105,7 @@ class Confused(FakeExecutor):
         return StepResult(result.step + 5, result.sampled) if index == 1 else result
 
 
-def test_ranks_that_answer_another_step_are_replaced():
+def test_ranks_that_answer_with_the_wrong_step_are_replaced():
     losses: list[WorkersLost] = []
     engine = Engine(Confused(), CONFIG, recover=lambda loss: losses.append(loss) or FakeExecutor())
     recorder = Recorder()
@@ -116,7 +116,7 @@ def test_ranks_that_answer_another_step_are_replaced():
     assert recorder.tokens["a", 0] == list(undisturbed((1, 2, 3), 0, 0, 4))
 
 
-def test_no_counter_goes_back_when_workers_are_replaced():
+def test_counters_do_not_go_back_when_workers_are_replaced():
     first = FakeExecutor()
     first.lose_at_step = {3}
     engine = Engine(first, CONFIG, recover=lambda loss: FakeExecutor())
@@ -144,7 +144,7 @@ def test_a_request_is_counted_from_submit_to_its_end():
     assert counts == [0, 1, 1, 1, 1, 0]
 
 
-def test_workers_that_come_after_the_stop_are_ended():
+def test_workers_that_start_after_the_engine_stopped_are_closed():
     first, late = FakeExecutor(), FakeExecutor()
     first.lose_at_step = {0}
     may_come = threading.Event()
@@ -163,7 +163,7 @@ def test_workers_that_come_after_the_stop_are_ended():
     assert late.closed
 
 
-def test_a_plan_that_is_refused_on_the_way_is_a_loss_as_one_that_is_not_answered():
+def test_a_plan_that_cannot_be_submitted_counts_as_a_loss():
     class Gone(FakeExecutor):
         def submit(self, plan: StepPlan) -> None:
             raise WorkersLost("the pipe is broken", rank=1)

@@ -46,7 +46,7 @@ def test_a_shared_block_stays_until_its_last_owner_left():
     assert (pool.num_used, pool.num_cached) == (0, 1)
 
 
-def test_of_two_equal_blocks_the_first_is_the_one_found_and_the_other_is_free_when_released():
+def test_of_two_equal_blocks_only_the_first_is_cached():
     pool = BlockPool(2)
     first, second = pool.allocate(2)
     pool.publish(first, b"a")

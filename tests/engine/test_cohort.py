@@ -1,4 +1,4 @@
-"""Sequences that go on together, against the slow twin: the same engine with nobody in a cohort."""
+"""The cohort against its slow twin: the same engine with an empty cohort."""
 
 import random
 
@@ -20,7 +20,7 @@ from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
 
 def life(seed: int) -> tuple[list[list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]], dict, float, int]:
-    """Works of every step, what was answered, what a tenant was charged, and how many tokens went by a cohort."""
+    """The works of every step, the answers, what a tenant was charged, and how many tokens came from cohorts."""
     draw = random.Random(seed)
     executor = FakeExecutor(draw.randint(12, 60), 4, num_stages=draw.choice([1, 1, 2]), num_shards=draw.choice([1, 2]))
     policy = FairShare()
@@ -69,7 +69,7 @@ def test_steps_and_answers_are_those_of_sequences_planned_one_by_one(seed: int) 
     assert together[2] == pytest.approx(singly[2])
 
 
-def test_most_tokens_of_undisturbed_sequences_go_by_the_cohort() -> None:
+def test_undisturbed_sequences_decode_in_the_cohort() -> None:
     executor = FakeExecutor(num_blocks=256)
     engine, recorder = Engine(executor, EngineConfig(block_tokens=4)), Recorder()
     requests = [Request(id=str(n), prompt=(n, 2, 3), sampling=SamplingParams(max_tokens=12)) for n in range(8)]
@@ -85,7 +85,7 @@ def test_most_tokens_of_undisturbed_sequences_go_by_the_cohort() -> None:
     assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 12)) for request in requests)
 
 
-def test_who_asks_for_more_than_tokens_is_not_in_a_cohort() -> None:
+def test_sequences_with_logprobs_or_grammars_stay_outside_the_cohort() -> None:
     executor = FakeExecutor(num_blocks=256)
     engine, recorder = Engine(executor, EngineConfig(block_tokens=4)), Recorder()
     for number, sampling in enumerate([SamplingParams(max_tokens=4, logprobs=1), SamplingParams(max_tokens=4, grammar="start: /a/")]):
@@ -96,7 +96,7 @@ def test_who_asks_for_more_than_tokens_is_not_in_a_cohort() -> None:
 
 
 @pytest.mark.parametrize("by_ranks", [False, True])
-def test_where_guessing_does_not_pay_for_anybody_sequences_are_in_the_cohort_until_it_does(by_ranks: bool) -> None:
+def test_sequences_are_in_the_cohort_while_drafting_is_paused(by_ranks: bool) -> None:
     line = [(0.0, 0.01)]
     executor = FakeExecutor(num_blocks=256)
     executor.draft_model = random.Random(1) if by_ranks else None
@@ -116,7 +116,7 @@ def test_where_guessing_does_not_pay_for_anybody_sequences_are_in_the_cohort_unt
     assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 40)) for request in requests)
 
 
-def test_a_place_that_was_left_is_taken_again_and_payers_without_members_are_forgotten() -> None:
+def test_rows_are_reused_and_accounts_without_members_are_dropped() -> None:
     cohort = Cohort(0, 4)
     engine = Engine(FakeExecutor(num_blocks=4096), EngineConfig(block_tokens=4, max_running=4))
     recorder = Recorder()

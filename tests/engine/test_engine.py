@@ -1,4 +1,4 @@
-"""The engine: nothing it took is lost without a word, whatever happens to its workers."""
+"""The engine: every accepted request gets its final event, whatever happens to the workers."""
 
 import threading
 import time
@@ -61,7 +61,7 @@ def test_a_request_in_the_lost_steps_of_too_many_losses_is_poisoned_and_others_l
     assert engine.stats.num_losses == num_losses
 
 
-def test_while_workers_are_missing_cancels_and_deadlines_are_heard():
+def test_cancellations_and_deadlines_are_handled_while_new_workers_start():
     now = [0.0]
     executor = FakeExecutor()
     executor.lose_at_step = {0}
@@ -88,7 +88,7 @@ def test_while_workers_are_missing_cancels_and_deadlines_are_heard():
 
 
 @pytest.mark.parametrize("recover", [None, lambda loss: (_ for _ in ()).throw(RuntimeError("no more machines"))])
-def test_without_a_way_back_every_request_ends_with_an_error_and_the_engine_takes_no_more(recover):
+def test_without_recovery_every_request_fails_and_the_engine_stops(recover):
     executor = FakeExecutor()
     executor.lose_at_step = {1}
     engine = Engine(executor, CONFIG, recover=recover)
@@ -104,7 +104,7 @@ def test_without_a_way_back_every_request_ends_with_an_error_and_the_engine_take
         engine.submit(request_of("c"))
 
 
-def test_a_mistake_of_ours_in_the_scheduler_fails_the_requests_and_does_not_hang(monkeypatch):
+def test_an_exception_in_the_scheduler_fails_the_requests_and_does_not_hang(monkeypatch):
     engine = Engine(FakeExecutor(), CONFIG)
     monkeypatch.setattr(engine.scheduler, "schedule", lambda **_options: 1 / 0)
     recorder = Recorder()
@@ -126,7 +126,7 @@ def test_a_request_that_cannot_be_admitted_fails_alone_by_an_event():
     assert recorder.tokens["good", 0] == expected()
 
 
-def test_what_does_not_fit_new_and_smaller_workers_ends_with_an_error():
+def test_requests_that_do_not_fit_smaller_new_workers_fail():
     big, small = FakeExecutor(num_blocks=32), FakeExecutor(num_blocks=2)
     big.lose_at_step = {2}
     engine = Engine(big, CONFIG, recover=lambda loss: small)
@@ -179,7 +179,7 @@ def test_stopping_ends_what_is_running_with_an_error():
     assert recorder.errors["a", 0] == "EngineStopped"
 
 
-def test_who_may_not_wait_is_told_at_the_door_while_a_step_is_under_way():
+def test_a_full_queue_rejects_on_submit_while_a_step_is_in_flight():
     """And not only after that step and the one after it."""
     executor = FakeExecutor()
     engine = Engine(executor, EngineConfig(block_tokens=4, max_running=1, max_waiting=2), policy=FairShare())
@@ -200,7 +200,7 @@ def test_who_may_not_wait_is_told_at_the_door_while_a_step_is_under_way():
     assert engine.stats.num_waiting == 0
 
 
-def test_a_burst_at_an_idle_engines_door_is_refused_as_its_thread_would():
+def test_a_burst_on_an_idle_engine_is_rejected_as_the_scheduler_would():
     engine = Engine(FakeExecutor(), EngineConfig(block_tokens=4, max_running=4, max_waiting=2))
     for name in "ab":
         engine.submit(request_of(name))

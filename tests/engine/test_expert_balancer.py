@@ -1,4 +1,4 @@
-"""Experts change places between two steps: when they are told to, and that nobody's answer suffers."""
+"""Experts are moved between two steps, when that is due or requested, and no answer changes."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ FOUND = RebalanceResult(loads=((3.0, 1.0),), imbalance_before=1.5, imbalance_aft
 
 
 class BalancingExecutor(FakeExecutor):
-    """One whose ranks have experts; it checks that no step is under way while they move."""
+    """An executor whose ranks have experts. Checks that no step is in flight while they are moved."""
 
     def __init__(self, answer: RebalanceResult | None = FOUND, num_stages: int = 1) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ EXPECTED = {request.key: list(undisturbed(request.prompt, 0, 0, 10)) for request
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
-def test_every_so_many_steps_the_experts_are_looked_at_and_answers_stay(num_stages: int) -> None:
+def test_experts_are_rebalanced_every_so_many_steps_and_answers_stay_the_same(num_stages: int) -> None:
     executor = BalancingExecutor(num_stages=num_stages)
     engine = Engine(executor, EngineConfig(block_tokens=4, rebalance_every_steps=3, rebalance_threshold=1.3))
     assert serve(engine) == EXPECTED
@@ -68,19 +68,19 @@ def test_every_so_many_steps_the_experts_are_looked_at_and_answers_stay(num_stag
     assert (engine.stats.expert_moves, engine.stats.expert_imbalance) == (2 * len(steps), 1.0)
 
 
-def test_nobody_is_asked_unless_the_settings_say_so() -> None:
+def test_there_is_no_rebalance_unless_configured() -> None:
     executor = BalancingExecutor()
     assert serve(Engine(executor, EngineConfig(block_tokens=4))) == EXPECTED
     assert executor.orders == []
 
 
-def test_a_model_without_experts_is_asked_once() -> None:
+def test_a_model_without_experts_is_rebalanced_once() -> None:
     executor = BalancingExecutor(answer=RebalanceResult())
     assert serve(Engine(executor, EngineConfig(block_tokens=4, rebalance_every_steps=2))) == EXPECTED
     assert len(executor.orders) == 1
 
 
-def test_whoever_asks_by_hand_is_told_also_while_nothing_runs() -> None:
+def test_a_requested_rebalance_runs_on_an_idle_engine() -> None:
     engine = Engine(BalancingExecutor(), EngineConfig(block_tokens=4))
     answers = [engine.rebalance_experts(), engine.rebalance_experts(2.0)]
     assert engine.turn() == []
@@ -90,7 +90,7 @@ def test_whoever_asks_by_hand_is_told_also_while_nothing_runs() -> None:
     assert [order.threshold for _, order in engine.executor.orders] == [1.0, 2.0]
 
 
-def test_ranks_lost_while_experts_move_are_replaced_and_the_asker_is_told() -> None:
+def test_losing_ranks_during_a_rebalance_fails_its_future_and_replaces_them() -> None:
     first, second = BalancingExecutor(), BalancingExecutor()
     engine = Engine(first, EngineConfig(block_tokens=4), recover=lambda _loss: second)
     recorder = Recorder()
@@ -106,7 +106,7 @@ def test_ranks_lost_while_experts_move_are_replaced_and_the_asker_is_told() -> N
     assert recorder.tokens == EXPECTED
 
 
-def test_after_the_end_nobody_waits_for_an_answer() -> None:
+def test_stopping_fails_pending_rebalances() -> None:
     engine = Engine(BalancingExecutor(), EngineConfig(block_tokens=4))
     answer = engine.rebalance_experts()
     engine.stop()
@@ -117,6 +117,6 @@ def test_after_the_end_nobody_waits_for_an_answer() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"rebalance_every_steps": 0}, {"rebalance_threshold": 0.9}, {"rebalance_threshold": float("nan")}])
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         EngineConfig(**changes)

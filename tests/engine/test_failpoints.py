@@ -1,4 +1,4 @@
-"""Failpoints: off they do nothing; armed they fire once, in one process, at the hit that was said."""
+"""Failpoints do nothing when off; armed they fire once, in one process, at the chosen hit."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_off_nothing_is_looked_at() -> None:
+def test_without_a_folder_points_do_nothing() -> None:
     assert failpoints.hit is failpoints._off
     assert not failpoints.hit("rank.step")
 
@@ -47,7 +47,7 @@ def test_armed_again_it_counts_anew(folder: Path) -> None:
         assert [failpoints._look("link.send") for _ in range(3)] == [False, True, False]
 
 
-def test_a_poison_fires_whenever_its_token_is_there_until_disarmed(folder: Path) -> None:
+def test_a_point_armed_for_a_token_fires_on_every_hit_until_disarmed(folder: Path) -> None:
     arm(folder, "rank.step", Failure(action="memory", token=7))
     assert not failpoints._look("rank.step", lambda: (1, 2))
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_a_poison_fires_whenever_its_token_is_there_until_disarmed(folder: Path)
     assert not failpoints._look("rank.step", lambda: (1, 7))
 
 
-def test_whether_anybody_came_is_known_also_of_what_stays_armed(folder: Path) -> None:
+def test_has_fired_also_works_for_points_that_stay_armed(folder: Path) -> None:
     for once_or_always in (Failure(action="drop"), Failure(action="drop", pid=os.getpid())):
         arm(folder, "link.send", once_or_always)
         assert not has_fired(folder, "link.send")
@@ -65,26 +65,26 @@ def test_whether_anybody_came_is_known_also_of_what_stays_armed(folder: Path) ->
         assert has_fired(folder, "link.send")
 
 
-def test_what_is_about_one_process_fires_there_each_time_and_nowhere_else(folder: Path) -> None:
+def test_a_point_armed_for_a_process_fires_only_there_and_every_time(folder: Path) -> None:
     arm(folder, "intake.send", Failure(action="drop", pid=os.getpid()))
     assert [failpoints._look("intake.send") for _ in range(3)] == [True] * 3
     arm(folder, "intake.send", Failure(action="drop", pid=1))
     assert not failpoints._look("intake.send")
 
 
-def test_a_name_that_is_none_cannot_be_armed(folder: Path) -> None:
+def test_an_unknown_point_cannot_be_armed(folder: Path) -> None:
     with pytest.raises(ValueError, match="no failpoint"):
         arm(folder, "rank.stpe", Failure(action="crash"))
 
 
-def test_of_several_processes_one_crashes(tmp_path: Path) -> None:
+def test_a_point_fires_in_only_one_of_several_processes(tmp_path: Path) -> None:
     arm(tmp_path, "link.send", Failure(action="crash", after=2))
     environment = {"MANTA_FAILPOINTS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     codes = [subprocess.run([sys.executable, "-c", PASSING, "3"], env=environment, capture_output=True).returncode for _ in range(2)]
     assert codes == [-9, 0]
 
 
-def test_every_point_is_somewhere_in_the_code_and_none_is_hit_that_is_not_listed() -> None:
+def test_the_list_of_points_matches_the_code() -> None:
     found = set()
     for package in ("engine", "cluster", "serve"):
         for file in (ROOT / package).rglob("*.py"):

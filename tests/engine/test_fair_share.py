@@ -1,4 +1,4 @@
-"""Tenants get what their shares say, whoever asks for how much."""
+"""Tenants are served in proportion to their shares, however much each asks for."""
 
 import random
 
@@ -36,7 +36,7 @@ def waiting(*requests: Request) -> list[Sequence]:
 
 
 def step(scheduler: Scheduler) -> list[str]:
-    """Plan and answer one step; the ids that were opened by it."""
+    """Plan and answer one step. Returns the ids of the requests it opened."""
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.apply(plan, StepResult(plan.step, tuple(SampledTokens(work.sequence, (7,)) for work in plan.works if work.samples)))
@@ -46,7 +46,7 @@ def step(scheduler: Scheduler) -> list[str]:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32))
 def test_tenants_that_always_want_more_are_served_in_proportion_to_their_shares(seed: int) -> None:
-    """The bound of the paper (theorem 4.4): twice the most that can be under way at once."""
+    """The paper's bound (theorem 4.4): twice the most that can be running at once."""
     draw = random.Random(seed)
     shares = {tenant: draw.choice([1.0, 2.0, 5.0]) for tenant in "abc"[: draw.randint(2, 3)]}
     config = EngineConfig(block_tokens=4, max_step_tokens=64, max_running=8, prefix_cache=False)
@@ -91,21 +91,21 @@ def test_within_a_tenant_priority_goes_before_arrival() -> None:
     assert [one.request.id for one in FairShare().admission_order(queue)] == ["a1", "a0", "a3", "a2"]
 
 
-def test_a_priority_does_not_reach_over_to_other_tenants() -> None:
+def test_priority_does_not_affect_other_tenants() -> None:
     policy = FairShare()
     policy.on_sampled(request("loud", 9), 5)
     queue = waiting(request("loud", 0, priority=-1000), request("quiet", 0))
     assert next(iter(policy.admission_order(queue))).request.id == "quiet0"
 
 
-def test_one_tenant_alone_is_served_first_come() -> None:
+def test_a_single_tenant_is_served_first_come_first_served() -> None:
     queue = waiting(*(request("", index, priority=index % 3) for index in range(9)))
     fixed = sorted(queue, key=FirstComeFirstServed().sort_key)
     assert list(FairShare().admission_order(queue)) == fixed
 
 
 @pytest.mark.parametrize("share", [1.0, 4.0])
-def test_nobody_saves_up_more_than_a_head_start_while_away(share: float) -> None:
+def test_a_returning_tenant_gets_at_most_the_head_start(share: float) -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0, share=share))
     policy.on_arrival(busy, [])
@@ -114,7 +114,7 @@ def test_nobody_saves_up_more_than_a_head_start_while_away(share: float) -> None
     assert policy.served("back") == policy.served("busy") - HEAD_START / share
 
 
-def test_nor_while_the_queue_is_empty() -> None:
+def test_a_returning_tenant_gets_at_most_the_head_start_when_the_queue_is_empty() -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0))
     policy.on_arrival(busy, [])
@@ -124,7 +124,7 @@ def test_nor_while_the_queue_is_empty() -> None:
     assert policy.served("back") == policy.served("busy") - HEAD_START
 
 
-def test_whoever_waits_or_was_served_little_gets_no_head_start_again() -> None:
+def test_a_waiting_or_little_served_tenant_gets_no_further_head_start() -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0))
     policy.on_arrival(busy, [])
@@ -146,7 +146,7 @@ def crowded(num_greedy: int, served: float = 0.0) -> Scheduler:
     return scheduler
 
 
-def test_the_last_places_are_kept_for_who_is_about_and_was_served_less() -> None:
+def test_the_last_running_slots_are_reserved_for_active_tenants_served_less() -> None:
     scheduler = crowded(40, served=CLEARLY_LESS + 1)
     scheduler.add(request("modest", 0, output=1))
     for _ in range(5):
@@ -156,7 +156,7 @@ def test_the_last_places_are_kept_for_who_is_about_and_was_served_less() -> None
     assert step(scheduler) == ["modest1"]
 
 
-def test_clearly_less_is_a_matter_of_the_share() -> None:
+def test_what_counts_as_clearly_less_depends_on_the_share() -> None:
     """One of sixteen shares comes back by a sixteenth of the head start behind the others: that is enough for its places to be kept."""
     policy = FairShare()
     greedy, modest = (Sequence(request(name, 0, share=share), 0) for name, share in (("greedy", 1.0), ("modest", 16.0)))
@@ -168,14 +168,14 @@ def test_clearly_less_is_a_matter_of_the_share() -> None:
     assert not policy.must_leave_reserve(modest)
 
 
-def test_where_nobody_else_is_about_there_is_nothing_to_keep() -> None:
+def test_nothing_is_reserved_without_other_active_tenants() -> None:
     scheduler = crowded(40, served=CLEARLY_LESS + 1)
     for _ in range(5):
         step(scheduler)
     assert scheduler.num_running == 32
 
 
-def test_nor_between_equals() -> None:
+def test_nothing_is_reserved_among_equals() -> None:
     scheduler = crowded(40)
     scheduler.add(request("modest", 0, output=1))
     for _ in range(5):
@@ -183,7 +183,7 @@ def test_nor_between_equals() -> None:
     assert scheduler.num_running == 32
 
 
-def test_blocks_are_kept_as_well_but_not_while_nothing_runs() -> None:
+def test_blocks_are_reserved_too_unless_nothing_runs() -> None:
     config = EngineConfig(block_tokens=4, max_step_tokens=512, max_running=32, prefix_cache=False)
     policy = FairShare()
     scheduler = Scheduler(config, Capacity(num_blocks=64, block_tokens=4, max_context_tokens=256), policy=policy)
@@ -201,7 +201,7 @@ def test_blocks_are_kept_as_well_but_not_while_nothing_runs() -> None:
     assert step(scheduler) == ["modest0"]
 
 
-def test_a_new_prompt_of_who_was_served_less_goes_before_a_begun_one() -> None:
+def test_a_new_prompt_of_a_tenant_served_less_goes_before_a_started_prompt() -> None:
     config = EngineConfig(block_tokens=4, max_step_tokens=16, max_running=8, prefix_cache=False)
     scheduler = Scheduler(config, CAPACITY, policy=FairShare())
     scheduler.add(request("greedy", 0, prompt=100, output=1))
@@ -213,7 +213,7 @@ def test_a_new_prompt_of_who_was_served_less_goes_before_a_begun_one() -> None:
     assert [opening.request_id for opening in plan.opened] == ["modest0"]
 
 
-def test_a_full_queue_keeps_a_place_for_whoever_has_less_than_its_part() -> None:
+def test_a_full_queue_accepts_tenants_below_their_part() -> None:
     policy, limit = FairShare(), 4
     queue = waiting(*(request("greedy", index) for index in range(limit)))
     assert not policy.may_queue(request("greedy", 9), queue, limit)
@@ -222,13 +222,13 @@ def test_a_full_queue_keeps_a_place_for_whoever_has_less_than_its_part() -> None
     assert not policy.may_queue(request("modest", 2), queue, limit)
 
 
-def test_a_queue_grows_over_its_limit_only_so_far() -> None:
+def test_the_queue_exceeds_its_limit_only_so_far() -> None:
     policy, limit = FairShare(), 4
     queue = waiting(*(request(str(index), 0) for index in range(MAX_OVERFULL * limit)))
     assert not policy.may_queue(request("new", 0), queue, limit)
 
 
-def test_counters_of_tenants_that_are_long_gone_are_forgotten(monkeypatch) -> None:
+def test_counters_of_tenants_long_gone_are_dropped(monkeypatch) -> None:
     monkeypatch.setattr("engine.fair_share.MAX_COUNTERS", 10)
     policy = FairShare()
     for index in range(100):

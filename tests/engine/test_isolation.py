@@ -1,4 +1,4 @@
-"""A request that ends the workers takes nobody with it: after a loss the suspects are tried one by one."""
+"""A request that ends the workers fails alone: after a loss the suspects run one at a time."""
 
 from collections.abc import Iterable
 
@@ -57,7 +57,7 @@ def is_golden(recorder: Recorder, request: Request) -> bool:
 
 @pytest.mark.parametrize("from_position", [0, 4, 7], ids=["at once", "at the first tokens", "later"])
 @pytest.mark.parametrize("num_blocks", [12, 256], ids=["little room", "much room"])
-def test_one_bad_among_thirty_one_good_fails_alone(from_position: int, num_blocks: int) -> None:
+def test_one_poisoned_request_among_thirty_one_others_fails_alone(from_position: int, num_blocks: int) -> None:
     engine = engine_with(from_position=from_position, num_blocks=num_blocks)
     requests = [good(number, max_tokens=12) for number in range(31)]
     poison = Request(id="poison", prompt=(1, POISON, 3), sampling=SamplingParams(max_tokens=12))
@@ -70,7 +70,7 @@ def test_one_bad_among_thirty_one_good_fails_alone(from_position: int, num_block
 
 @given(st.data())
 @settings(deadline=None, max_examples=60)
-def test_two_bad_among_good_ones_fail_and_the_good_live_whatever_the_order_and_room(data: st.DataObject) -> None:
+def test_two_poisoned_requests_fail_and_all_others_finish_in_any_order(data: st.DataObject) -> None:
     poisons = [Request(id=f"poison-{n}", prompt=(n, POISON), sampling=SamplingParams(max_tokens=4)) for n in range(2)]
     goods = [good(number) for number in range(data.draw(st.integers(0, 6)))]
     order = data.draw(st.permutations([*poisons, *goods]))
@@ -91,8 +91,8 @@ def test_a_suspect_of_another_replica_runs_alone_before_it_runs_with_others() ->
     assert len(with_suspect[2].works) > 1, "and then it runs with all"
 
 
-def test_while_a_suspects_step_is_out_no_other_is_begun() -> None:
-    """Else who comes then, and ends the workers, ends them with the suspect in the lost steps too."""
+def test_nothing_else_starts_while_a_suspect_is_in_flight() -> None:
+    """Otherwise a newcomer that ends the workers would have the suspect blamed too."""
     scheduler = Scheduler(EngineConfig(block_tokens=4, max_in_flight=2), Capacity(num_blocks=64, block_tokens=4, max_context_tokens=256))
     scheduler.add(Request(id="suspect", prompt=(5, 6), losses=1, sampling=SamplingParams(max_tokens=4)))
     scheduler.add(good(1))
@@ -106,7 +106,7 @@ def test_while_a_suspects_step_is_out_no_other_is_begun() -> None:
     assert not again.opened, "it has still a token to give alone"
 
 
-def test_a_suspect_of_another_replica_that_ends_the_workers_alone_is_poison() -> None:
+def test_a_suspect_of_another_replica_that_loses_the_workers_alone_is_poisoned() -> None:
     engine = engine_with()
     poison = Request(id="p", prompt=(POISON,), losses=1, sampling=SamplingParams(max_tokens=4))
     recorder = run(engine, [good(1), poison, good(2)])
@@ -114,8 +114,8 @@ def test_a_suspect_of_another_replica_that_ends_the_workers_alone_is_poison() ->
     assert engine.stats.num_losses == 1
 
 
-def test_whoever_is_met_by_two_faults_from_outside_the_second_time_alone_is_answered() -> None:
-    """A second fault within seconds of the first meets whoever is being tried just then."""
+def test_a_request_survives_two_losses_from_outside_even_if_alone_in_the_second() -> None:
+    """A second fault within seconds of the first hits whichever suspect is running just then."""
     executors = [FakeExecutor() for _ in range(3)]
     executors[0].lose_at_step = {2}
     executors[1].lose_at_step = {4}
@@ -128,7 +128,7 @@ def test_whoever_is_met_by_two_faults_from_outside_the_second_time_alone_is_answ
     assert all(is_golden(recorder, request) for request in requests)
 
 
-def test_workers_lost_for_reasons_of_their_own_cost_no_request_even_twice() -> None:
+def test_two_unrelated_losses_fail_no_request() -> None:
     executors = [FakeExecutor() for _ in range(3)]
     executors[0].lose_at_step = {2}
     executors[1].lose_at_step = {12}
@@ -139,7 +139,7 @@ def test_workers_lost_for_reasons_of_their_own_cost_no_request_even_twice() -> N
     assert all(is_golden(recorder, request) for request in requests)
 
 
-def test_losing_is_told_with_the_number_of_losses_before_anything_else() -> None:
+def test_a_loss_is_reported_by_an_event_with_the_number_of_losses() -> None:
     lost = FakeExecutor()
     lost.lose_at_step = {1}
     engine = Engine(lost, EngineConfig(block_tokens=4), recover=lambda _loss: FakeExecutor())
@@ -149,7 +149,7 @@ def test_losing_is_told_with_the_number_of_losses_before_anything_else() -> None
     assert (event.tokens, event.finish_reason, event.losses) == ((), None, 1)
 
 
-def test_a_request_that_was_accepted_elsewhere_is_not_refused_by_a_full_queue() -> None:
+def test_a_full_queue_accepts_a_retry_from_another_replica() -> None:
     engine = Engine(FakeExecutor(), EngineConfig(block_tokens=4, max_waiting=1))
     moved = Request(id="moved", prompt=(9,), attempt=1, committed=undisturbed((9,), 0, 0, 2), sampling=SamplingParams(max_tokens=4))
     recorder = Recorder()

@@ -1,4 +1,4 @@
-"""The law of the pace: beside sequences that decode a step keeps its time, and prompts get on in any case."""
+"""Steps with decoding sequences keep to their time, and prompts progress in any case."""
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +12,15 @@ from engine.prefill_budget import MIN_TOKENS
 from engine.request import Request, SamplingParams
 
 SETTLING = 30
-"""Steps after which what steps cost is known."""
+"""Steps after which the cost of steps is known."""
 TRUSTED = 20
-"""Steps after which what is known is trusted again: the first with prompts may take four times its time, and 1.1 ** 13 > 3.4."""
+"""Steps after which the estimate is trusted again: the first with prompts may take four times its time, and 1.1 ** 13 > 3.4."""
 LATE_AT_FIRST = 4
 """Steps that may be late however few there are (1,500 random lines: at most 3 among fewer than 30 steps)."""
 
 
 class Timed:
-    """Ranks whose steps take what a line says, and more the longer the contexts are."""
+    """Ranks whose steps cost what a line says, plus a part that grows with context length."""
 
     capacity = Capacity(num_blocks=4096, block_tokens=16, max_context_tokens=32_768)
 
@@ -91,8 +91,8 @@ def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: f
 
 @settings(max_examples=8, deadline=None)
 @given(st.floats(0.001, 0.05), st.floats(1e-5, 1e-3), st.floats(2.5, 20))
-def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
-    """Prompts are not cut smaller than they need be: without curvature steps that leave something of them come near the limit."""
+def test_steps_come_near_the_time_limit(base_s: float, token_s: float, times: float) -> None:
+    """Prompts are not cut smaller than necessary: without curvature, steps that do not finish them come near the limit."""
     max_step_s = base_s * times + 32 * token_s
     steps = lived(Timed(base_s, token_s), max_step_s=max_step_s)
     left = 6 * 3000
@@ -102,24 +102,24 @@ def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
             assert seconds > 0.8 * max_step_s, (number, tokens, left)
 
 
-def test_prompts_get_on_however_short_the_time_is() -> None:
+def test_prompts_progress_however_short_the_time_limit() -> None:
     steps = lived(Timed(0.02, 1e-4), max_step_s=0.001, prompts=1)
     assert min(tokens for decoding, tokens, _ in steps[5:-1] if decoding and tokens) == MIN_TOKENS
 
 
-def test_where_nobody_decodes_prompts_are_computed_at_the_full_rate() -> None:
+def test_prompts_are_computed_at_full_rate_when_nothing_decodes() -> None:
     steps = lived(Timed(0.02, 1e-4), max_step_s=0.03, streams=0, prompts=1)
     assert max(tokens for _, tokens, _ in steps) == 2048
 
 
-def test_without_the_settings_prompts_are_cut_by_tokens_alone() -> None:
+def test_without_the_settings_prompts_are_cut_by_max_step_tokens_only() -> None:
     steps = lived(Timed(0.02, 1e-4), max_step_s=None, prompts=1)
     assert max(tokens for _, tokens, _ in steps) == 2048 - 4
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.001, 0.05), st.floats(1e-5, 1e-3), st.floats(0.2, 0.8))
-def test_prompts_take_their_share_of_a_step_and_no_more_while_little_waits(base_s: float, token_s: float, share: float) -> None:
+def test_prompts_take_only_their_share_of_a_step_while_few_wait(base_s: float, token_s: float, share: float) -> None:
     steps = lived(Timed(base_s, token_s), prompt_share=share)
     left = 6 * 3000
     for number, (decoding, tokens, seconds) in enumerate(steps):
@@ -133,7 +133,7 @@ def test_prompts_take_their_share_of_a_step_and_no_more_while_little_waits(base_
                 assert token_s * tokens == pytest.approx(share * seconds, rel=0.1, abs=3 * token_s)
 
 
-def test_the_share_grows_with_what_waits_and_leaves_streams_a_tenth() -> None:
+def test_the_share_grows_with_waiting_prompts_up_to_nine_tenths() -> None:
     """A step of 4 streams takes 24 ms without prompts, and 18,000 prompt tokens 18 s, 750 such steps."""
     steps = [
         (tokens, seconds) for decoding, tokens, seconds in lived(Timed(0.02, 1e-3), prompt_share=0.5, prompt_wait_steps=200) if decoding
@@ -148,7 +148,7 @@ def test_the_share_grows_with_what_waits_and_leaves_streams_a_tenth() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.001, 0.1), st.floats(1e-4, 2e-3), st.integers(1, 16))
-def test_the_share_grows_to_what_a_step_may_take_but_two_thirds_in_any_case(base_s: float, token_s: float, streams: int) -> None:
+def test_the_share_grows_up_to_the_step_time_but_to_two_thirds_in_any_case(base_s: float, token_s: float, streams: int) -> None:
     """18,000 prompt tokens wait, which would be nine tenths of each step."""
     steps = lived(Timed(base_s, token_s), streams=streams, prompt_share=0.5, prompt_wait_steps=1, prompt_step_s=0.4)
     left = 6 * 3000
@@ -161,7 +161,7 @@ def test_the_share_grows_to_what_a_step_may_take_but_two_thirds_in_any_case(base
                 assert seconds == pytest.approx(wanted_s, rel=0.03, abs=4 * token_s), number
 
 
-def test_a_time_that_is_none_is_refused() -> None:
+def test_a_nonpositive_time_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt_step_s"):
         EngineConfig(prompt_step_s=0.0)
     with pytest.raises(ValueError, match="max_step_s"):

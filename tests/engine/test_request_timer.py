@@ -1,4 +1,4 @@
-"""The time that a choice spends in the engine is told phase by phase."""
+"""The time that a choice spends in the engine is measured by phase."""
 
 from engine.plan import NewSequence, StepPlan, TokenEvent
 from engine.request import Request, SamplingParams
@@ -22,7 +22,7 @@ def event(request: Request, *tokens: int, end: bool = False) -> TokenEvent:
     )
 
 
-def test_waiting_reading_and_answering_are_told_apart() -> None:
+def test_queue_prefill_and_decode_times_are_separate() -> None:
     clock, request = Clock(), Request(id="a", prompt=(1,))
     timer = RequestTimer(clock)
     timer.admitted(request)
@@ -40,7 +40,7 @@ def test_waiting_reading_and_answering_are_told_apart() -> None:
     assert (last.phase_times.queue_s, last.phase_times.prefill_s, last.phase_times.decode_s) == (1, 2, 4)
 
 
-def test_a_second_opening_after_a_preemption_does_not_begin_the_reading_again() -> None:
+def test_prefill_time_does_not_restart_after_a_preemption() -> None:
     clock, request = Clock(), Request(id="a", prompt=(1,))
     timer = RequestTimer(clock)
     timer.admitted(request)
@@ -52,7 +52,7 @@ def test_a_second_opening_after_a_preemption_does_not_begin_the_reading_again() 
     assert (first.phase_times.queue_s, first.phase_times.prefill_s) == (0, 5)
 
 
-def test_a_choice_that_was_never_planned_has_only_waited() -> None:
+def test_a_choice_that_was_never_planned_has_only_queue_time() -> None:
     clock, request = Clock(), Request(id="a", prompt=(1,))
     timer = RequestTimer(clock)
     timer.admitted(request)
@@ -62,7 +62,7 @@ def test_a_choice_that_was_never_planned_has_only_waited() -> None:
     assert (end.phase_times.queue_s, end.phase_times.prefill_s, end.phase_times.decode_s) == (3, 0, 0)
 
 
-def test_nothing_is_kept_of_a_choice_that_ended() -> None:
+def test_a_choice_that_ended_is_forgotten() -> None:
     timer, request = RequestTimer(Clock()), Request(id="a", prompt=(1,))
     timer.admitted(request)
     timer.add_times([event(request, end=True)])

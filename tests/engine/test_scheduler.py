@@ -68,7 +68,7 @@ def test_requests_that_arrive_together_compute_a_common_prefix_once():
     assert all(recorder.tokens["r", c] == list(undisturbed(prompt, 5, c, 3)) for c in range(4))
 
 
-def test_a_long_prompt_is_cut_and_short_ones_go_on_beside_it():
+def test_a_long_prompt_is_chunked_and_short_ones_run_beside_it():
     executor = FakeExecutor()
     engine = engine_of(executor, max_step_tokens=6)
     recorder = Recorder()
@@ -93,7 +93,7 @@ def test_a_pool_that_is_too_small_for_all_preempts_and_answers_the_same():
     assert engine.scheduler.shards[0].pool.num_used == 0
 
 
-def test_the_last_to_arrive_gives_way_and_a_more_urgent_one_never_does():
+def test_the_last_to_arrive_is_preempted_and_a_more_urgent_one_never_is():
     executor = FakeExecutor(num_blocks=6, block_tokens=4)
     engine = engine_of(executor, prefix_cache=False)
     recorder = Recorder()
@@ -118,7 +118,7 @@ def test_a_stop_token_ends_the_answer_and_is_its_last_token():
     assert recorder.ends["a", 0] == "stop"
 
 
-def test_a_stop_token_before_min_tokens_is_a_token_like_any_other():
+def test_a_stop_token_before_min_tokens_is_an_ordinary_token():
     prompt = (1, 2, 3)
     expected = undisturbed(prompt, 0, 0, 8)
     recorder = answer(engine_of(FakeExecutor()), request_of("a", prompt, max_tokens=8, min_tokens=3, stop_token_ids=(expected[2],)))
@@ -131,7 +131,7 @@ def test_the_context_ends_an_answer_as_max_tokens_does():
     assert recorder.ends["a", 0] == "length"
 
 
-def test_an_answer_goes_on_behind_what_another_replica_committed():
+def test_an_answer_continues_after_the_committed_tokens():
     prompt = (4, 5, 6)
     expected = undisturbed(prompt, 9, 1, 10)
     request = request_of("a", prompt, max_tokens=10, seed=9, choice=1, committed=expected[:6], attempt=1)
@@ -161,7 +161,7 @@ def test_a_cancelled_request_ends_at_once_and_its_blocks_are_kept_until_the_step
     assert scheduler.schedule().closed == (0,)
 
 
-def test_what_cannot_be_admitted_is_told_why():
+def test_requests_that_cannot_be_admitted_get_an_error():
     executor = FakeExecutor(num_blocks=4, block_tokens=4, max_context_tokens=30)
     scheduler = Scheduler(EngineConfig(block_tokens=4, max_waiting=1), executor.capacity)
     for committed in ((), (5,)):
@@ -194,7 +194,7 @@ def test_a_deadline_ends_a_request_wherever_it_is():
     assert engine.scheduler.shards[0].pool.num_used == 0
 
 
-def test_history_goes_to_the_ranks_only_where_sampling_looks_at_it():
+def test_history_is_sent_to_the_ranks_only_if_sampling_needs_it():
     executor = FakeExecutor()
     answer(engine_of(executor), request_of("a", (1, 2)), request_of("b", (3, 4), presence_penalty=1.0))
     histories = [opening.history for plan in executor.plans for opening in plan.opened]

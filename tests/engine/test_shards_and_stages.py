@@ -1,4 +1,4 @@
-"""Several data-parallel shards and several pipeline stages, as the scheduler and the engine deal with them."""
+"""The scheduler and the engine with several data-parallel shards and pipeline stages."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def prompt_of(length: int, first: int = 0) -> tuple[int, ...]:
     return tuple(range(first, first + length))
 
 
-def test_sequences_spread_over_the_shards_by_what_those_have_to_do():
+def test_sequences_spread_over_the_shards_by_load():
     executor = FakeExecutor(num_shards=3)
     recorder = answer(engine_of(executor), *(request_of(str(i), prompt_of(9, 100 * i)) for i in range(6)))
     assert sorted(shards_of(executor).values()) == [0, 0, 1, 1, 2, 2]
@@ -53,7 +53,7 @@ def test_a_long_sequence_counts_for_more_than_a_short_one():
     assert shards_of(executor) == {"long": 0, "a": 1, "b": 1, "c": 1}
 
 
-def test_a_sequence_goes_where_its_prefix_is():
+def test_a_sequence_goes_to_the_shard_with_its_prefix():
     executor = FakeExecutor(num_shards=2)
     engine = engine_of(executor)
     first, second = prompt_of(16), prompt_of(16, 100)
@@ -64,7 +64,7 @@ def test_a_sequence_goes_where_its_prefix_is():
     assert (recorder.cached["third", 0], recorder.cached["fourth", 0]) == (16, 16)
 
 
-def test_a_shard_that_is_too_busy_is_left_alone_even_if_it_has_the_prefix():
+def test_a_shard_that_is_too_busy_is_avoided_even_if_it_has_the_prefix():
     executor = FakeExecutor(num_shards=2)
     engine = engine_of(executor)
     answer(engine, request_of("before", prompt_of(8)))
@@ -82,14 +82,14 @@ def test_a_shard_without_room_sends_a_sequence_to_the_next_best():
     assert recorder.ends["other", 0] == "length"
 
 
-def test_each_shard_has_the_whole_budget_of_tokens():
+def test_each_shard_has_the_whole_token_budget():
     executor = FakeExecutor(num_shards=2)
     engine = engine_of(executor, max_step_tokens=8)
     answer(engine, request_of("a", prompt_of(16)), request_of("b", prompt_of(16, 100)))
     assert [(work.shard, len(work.tokens)) for work in executor.plans[0].works] == [(0, 8), (1, 8)]
 
 
-def test_a_full_shard_preempts_among_its_own():
+def test_a_full_shard_preempts_its_own_sequences():
     executor = FakeExecutor(num_blocks=8, num_shards=2)
     engine = engine_of(executor, prefix_cache=False)
     requests = [request_of(str(i), (i, i + 1, i + 2), max_tokens=20) for i in range(6)]
@@ -99,7 +99,7 @@ def test_a_full_shard_preempts_among_its_own():
     assert engine.stats.blocks_free == 16
 
 
-def test_as_many_steps_are_under_way_as_there_are_stages_and_share_the_sequences():
+def test_one_step_per_stage_is_in_flight_and_they_share_the_sequences():
     executor = FakeExecutor(num_stages=3)
     engine = engine_of(executor)
     assert engine.max_in_flight == 3
@@ -119,7 +119,7 @@ def test_uneven_steps_even_out_again():
     assert [len(plan.works) for plan in executor.plans[-10:]] == [3] * 10
 
 
-def test_the_works_of_one_prompt_are_in_flight_together():
+def test_chunks_of_one_prompt_are_in_flight_together():
     executor = FakeExecutor(num_stages=2)
     scheduler = Scheduler(EngineConfig(block_tokens=4, max_step_tokens=8), executor.capacity)
     scheduler.add(request_of("a", prompt_of(20)))
@@ -146,7 +146,7 @@ def test_a_cancelled_prompt_keeps_its_blocks_until_its_last_step_is_answered():
     assert scheduler.shards[0].pool.num_used == 0
 
 
-def test_a_prompt_is_cut_so_that_every_stage_has_a_part():
+def test_a_prompt_is_cut_so_that_every_stage_has_work():
     prompt = tuple(i % 7 for i in range(900))
     for num_stages, cuts in ((1, [900]), (2, [450, 450]), (3, [300, 300, 300])):
         executor = FakeExecutor(num_blocks=400, num_stages=num_stages)
@@ -165,7 +165,7 @@ def test_a_loss_with_several_steps_in_flight_counts_once():
     assert engine.stats.num_losses == 1
 
 
-def test_a_step_is_answered_when_all_its_shards_have():
+def test_a_step_has_a_result_once_all_its_shards_have():
     answers = ShardResults(2)
     for part in (StepResult(1, (SampledTokens(5, (50,)),), 0.5), StepResult(2, (), 0.1), StepResult(2, (SampledTokens(7, (70,)),), 0.2)):
         assert answers.take(1) is None
@@ -177,7 +177,7 @@ def test_a_step_is_answered_when_all_its_shards_have():
 
 
 @pytest.mark.parametrize("asked", [1, 2, 5])
-def test_more_steps_in_flight_than_stages_may_be_asked_for_and_fewer_not(asked):
+def test_max_in_flight_is_at_least_the_number_of_stages(asked):
     assert engine_of(FakeExecutor(num_stages=3), max_in_flight=asked).max_in_flight == max(asked, 3)
 
 

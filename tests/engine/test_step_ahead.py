@@ -1,4 +1,4 @@
-"""Steps planned before the one before them is answered: the same answers, and how far that goes."""
+"""Running ahead: steps are planned before the previous one is answered, and the answers are the same."""
 
 import random
 
@@ -29,7 +29,7 @@ def serve(requests: list[Request], executor: FakeExecutor, config: EngineConfig,
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32))
-def test_answers_that_end_by_a_stop_id_or_by_length_are_what_they_would_be(seed: int) -> None:
+def test_answers_ended_by_a_stop_id_or_by_length_do_not_change(seed: int) -> None:
     draw = random.Random(seed)
     executor = FakeExecutor(draw.randint(12, 60), 4, num_shards=draw.choice([1, 2]), runs_ahead=True)
     config = EngineConfig(
@@ -64,7 +64,7 @@ def test_a_sequence_is_planned_ahead_by_one_step_and_not_beyond_its_last_token()
     assert executor.num_broken == 0
 
 
-def test_what_is_computed_behind_a_stop_id_is_one_row_and_nobody_hears_of_it() -> None:
+def test_one_row_is_computed_behind_a_stop_id_and_then_dropped() -> None:
     prompt = (5, 6)
     stop = undisturbed(prompt, 0, 0, 6)[4]
     executor = FakeExecutor(num_blocks=64, runs_ahead=True)
@@ -77,8 +77,8 @@ def test_what_is_computed_behind_a_stop_id_is_one_row_and_nobody_hears_of_it() -
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_who_must_be_answered_first_misses_no_step(num_shards: int) -> None:
-    """One wants log-probabilities and is in no cohort: it has a token of every step, as without running ahead."""
+def test_a_sequence_outside_the_cohort_misses_no_step(num_shards: int) -> None:
+    """A sequence with log-probabilities is in no cohort: it gets a token from every step, as without running ahead."""
     requests = [Request(id=str(n), prompt=(n, 2), sampling=SamplingParams(max_tokens=12, seed=n)) for n in range(3)]
     requests.append(Request(id="told", prompt=(7, 7), sampling=SamplingParams(max_tokens=7, logprobs=1)))
     counts = []
@@ -98,7 +98,7 @@ def test_who_must_be_answered_first_misses_no_step(num_shards: int) -> None:
 
 
 def rows_after_first_token(executor: FakeExecutor) -> dict[str, list[int]]:
-    """By request, the steps in which it had a row from its first token on."""
+    """For each request, the steps that had a row for it, from its first token on."""
     opened = {opening.sequence: opening for plan in executor.plans for opening in plan.opened}
     rows: dict[str, list[int]] = {}
     for step, plan in enumerate(executor.plans):
@@ -113,7 +113,7 @@ def rows_after_first_token(executor: FakeExecutor) -> dict[str, list[int]]:
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("beside", [{}, {"logprobs": 1}, {"grammar": "start: /a/"}], ids=str)
 @pytest.mark.parametrize(("length", "every"), [(300, 100), (2, 3), (9, 1)])
-def test_nobody_who_decodes_misses_a_step_when_prompts_come(
+def test_no_decoding_sequence_misses_a_step_when_prompts_arrive(
     length: int, every: int, beside: dict[str, object], num_shards: int, runs_ahead: bool
 ) -> None:
     """Long ones that are cut, and short ones in close order, beside streams in the cohort and one outside of it."""
@@ -147,7 +147,7 @@ def test_it_can_be_turned_off() -> None:
     assert executor.num_promised == 0
 
 
-def test_nothing_is_planned_ahead_where_the_ranks_cannot_know() -> None:
+def test_nothing_is_planned_ahead_if_the_ranks_do_not_keep_tokens() -> None:
     executor = FakeExecutor(num_blocks=64)
     requests = [Request(id=str(n), prompt=(n, 2), sampling=SamplingParams(max_tokens=9)) for n in range(3)]
     serve(requests, executor, EngineConfig(block_tokens=4, max_in_flight=3), random.Random(1))

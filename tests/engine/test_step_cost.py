@@ -1,4 +1,4 @@
-"""What a step costs is learnt from those that were taken."""
+"""The cost of steps is estimated from measured ones."""
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ def learnt(*steps: tuple[int, float]) -> tuple[float, float]:
     return cost.line
 
 
-def test_before_the_first_step_nothing_is_said() -> None:
+def test_the_estimate_is_zero_before_the_first_step() -> None:
     assert StepCost().line == (0.0, 0.0)
 
 
@@ -28,7 +28,7 @@ def test_steps_of_one_size_have_no_slope() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 10)), min_size=1, max_size=60))
-def test_no_part_is_ever_negative(steps: list[tuple[int, float]]) -> None:
+def test_no_coefficient_is_negative(steps: list[tuple[int, float]]) -> None:
     base_s, token_s = learnt(*steps)
     assert base_s >= 0
     assert token_s >= 0
@@ -36,7 +36,7 @@ def test_no_part_is_ever_negative(steps: list[tuple[int, float]]) -> None:
 
 @settings(deadline=None)
 @given(base_s=st.floats(1e-4, 1), token_s=st.floats(1e-6, 1e-2), sizes=st.lists(st.integers(1, 2048), min_size=2, max_size=40))
-def test_where_steps_do_cost_a_line_it_is_found(base_s: float, token_s: float, sizes: list[int]) -> None:
+def test_a_true_line_is_found(base_s: float, token_s: float, sizes: list[int]) -> None:
     sizes = [*sizes, min(sizes) + 2048]
     found = learnt(*[(size, base_s + token_s * size) for size in sizes])
     assert found[0] + found[1] * 1000 == pytest.approx(base_s + token_s * 1000, rel=1e-3, abs=1e-5)
@@ -48,6 +48,6 @@ def test_a_machine_that_became_slower_is_noticed() -> None:
     assert learnt(*steps, *slower) == pytest.approx((0.03, 0.002), rel=0.05)
 
 
-def test_what_prompts_took_is_remembered_through_any_number_of_steps_that_only_decode() -> None:
+def test_decode_steps_do_not_displace_what_prefill_steps_took() -> None:
     decoding = [(32 + number % 2, 0.1 + 0.01 * (number % 3)) for number in range(5000)]
     assert learnt(*[(2000, 4.1)] * 3, *decoding)[1] == pytest.approx(4.0 / 1968, rel=0.02)

@@ -1,4 +1,4 @@
-"""Guesses that came with an answer are for the next step, and for no other."""
+"""A draft that arrived with a step's result is for the next step only."""
 
 from engine.draft.draft_model import DraftModelProposer
 from engine.request import Request
@@ -11,26 +11,26 @@ def opened() -> Sequence:
     return sequence
 
 
-def test_as_many_are_proposed_as_there_is_room_for() -> None:
+def test_at_most_max_tokens_are_proposed() -> None:
     proposer, sequence = DraftModelProposer(), opened()
     proposer.store(sequence, (3, 4, 5))
     assert proposer.propose(sequence, 2) == (3, 4)
     assert proposer.propose(sequence, 8) == (3, 4, 5)
 
 
-def test_behind_another_token_they_are_worth_nothing() -> None:
+def test_a_draft_is_dropped_when_another_token_follows() -> None:
     proposer, sequence = DraftModelProposer(), opened()
     proposer.store(sequence, (3, 4, 5))
     sequence.tokens.append(9)
     assert proposer.propose(sequence, 8) == ()
 
 
-def test_in_new_blocks_they_are_worth_nothing() -> None:
+def test_a_draft_is_dropped_when_the_sequence_is_reopened() -> None:
     proposer, sequence = DraftModelProposer(), opened()
     proposer.store(sequence, (3,))
     sequence.number = 8
     assert proposer.propose(sequence, 8) == ()
 
 
-def test_of_a_sequence_that_nothing_was_told_of_there_are_none() -> None:
+def test_an_unknown_sequence_has_no_draft() -> None:
     assert DraftModelProposer().propose(opened(), 4) == ()

@@ -1,4 +1,4 @@
-"""Prompt lookup: the last place where the ending stood before, and what followed there."""
+"""Prompt lookup: the last earlier occurrence of the suffix, and what followed it."""
 
 import pytest
 from hypothesis import given
@@ -29,14 +29,14 @@ def test_it_finds_what_a_plain_search_finds(tokens: list[int], most: int) -> Non
     assert PromptLookup().propose(sequence_of(*tokens), most) == slow_twin(tokens, most)
 
 
-def test_it_goes_on_from_where_it_was_as_a_sequence_grows() -> None:
+def test_it_is_updated_as_a_sequence_grows() -> None:
     lookup, sequence = PromptLookup(), sequence_of(7, 8, 9, 1)
     assert lookup.propose(sequence, 3) == ()
     sequence.tokens += [7, 8]
     assert lookup.propose(sequence, 3) == (9, 1, 7)
 
 
-def test_half_a_token_is_no_match() -> None:
+def test_a_match_across_token_boundaries_does_not_count() -> None:
     """256 is the bytes 0 1 0 0, and 65536 0 0 1 0: shifted by one they look alike."""
     assert PromptLookup(longest=1, shortest=1).propose(sequence_of(65536, 256), 1) == ()
     assert PromptLookup(longest=2, shortest=2).propose(sequence_of(1, 0, 0, 256, 0, 0, 256, 0), 1) == slow_twin(
@@ -51,6 +51,6 @@ def test_a_sequence_that_is_gone_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(1, 2), (3, 0)])
-def test_endings_that_cannot_be_looked_for_are_refused(longest: int, shortest: int) -> None:
+def test_invalid_suffix_lengths_are_refused(longest: int, shortest: int) -> None:
     with pytest.raises(ValueError, match="cannot be looked for"):
         PromptLookup(longest=longest, shortest=shortest)
