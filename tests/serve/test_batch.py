@@ -212,7 +212,7 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path: Path, text: str) -
 def test_an_output_that_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(BatchError, match="is no file"):
+    with pytest.raises(BatchError, match="is not a file"):
         finished(pipe)
 
 
