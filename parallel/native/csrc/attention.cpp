@@ -1,7 +1,7 @@
-// Attention over blocks in float32.
+// Paged attention in float32.
 #include "attention.h"
 
-// c (R rows, two registers wide) += a (R, depth) b (depth, two registers).
+// c (R rows, two registers wide) += a (R, depth) times b (depth, two registers).
 template <int R> static INLINE void add_product(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride) {
     Floats sum[R][2];
     each<R>([&](auto r) INLINED { each<2>([&](auto h) INLINED { sum[r][h] = load(c + r * c_stride + h * LANES); }); });
@@ -25,11 +25,11 @@ static void multiply_tile(const float* a, long a_stride, const float* b, long b_
 }
 
 namespace {
-// What a thread holds of a tile: everything contiguous, keys turned so that positions lie side by side.
+// A thread's working set for one tile: everything contiguous, keys transposed so that positions are adjacent.
 struct Tile {
     std::vector<float> q, keys, values, scores, out, most, sums, nothing;
     const float *key_at[CHUNK], *value_at[CHUNK];
-    long width;  // K filled up to two registers
+    long width;  // K padded to a multiple of two registers
 
     void begin(long rows, long K) {
         width = (K + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
@@ -37,7 +37,7 @@ struct Tile {
         out.assign(rows * width, 0); most.assign(rows, -INFINITY); sums.assign(rows, 0); nothing.assign(K, 0);
     }
 
-    void take(const Cache<float>& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros behind the last position
+    void load_chunk(const Cache<float>& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros after the last position
         cache.each_row(kv, blocks, start, count, [&](long p, long place) {
             key_at[p] = cache.keys + place;
             value_at[p] = cache.values + place;
@@ -52,7 +52,7 @@ struct Tile {
             }
     }
 
-    // out += weights times values. Where few rows read them the values are taken where they lie.
+    // out += weights times values. For few rows the values are read from the cache directly, without a copy.
     void weigh_values(const Cache<float>& cache, long start, long count, long rows) {
         if (width == cache.K && rows <= MOST_ROWS) {
             for (long p = 0, some; p < count; p += some) {
@@ -65,14 +65,15 @@ struct Tile {
         multiply_tile(scores.data(), CHUNK, values.data(), width, CHUNK, out.data(), width, rows, width);
     }
 
-    // The scores of a row become weights relative to the highest score so far; the first `visible` count.
+    // Online softmax: turns a row's scores into weights relative to the running maximum. Only the first `visible` positions count.
     void weigh(long row, long visible) {
         float* s = &scores[row * CHUNK];
         if (visible <= 0) {
             memset(s, 0, sizeof(float) * CHUNK);
             return;
         }
-        Floats poisons = zeros();  // exponential() loses NaN, and infinity; a score that overflowed to -infinity is no more than weightless
+        // exponential() loses NaN and +infinity, so they are carried into the sum separately. A score that overflowed to -infinity has weight 0.
+        Floats poisons = zeros();
         long seen = 0;
         for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(highest(all(-FLT_MAX), load(s + seen)), zeros(), poisons);
         float poison = sum_of(poisons);
@@ -81,7 +82,7 @@ struct Tile {
         Floats highest_each = load(s);
         for (long i = LANES; i < CHUNK; i += LANES) highest_each = highest(highest_each, load(s + i));
         const float before = most[row], now = std::max(before, highest_of(highest_each));
-        if (now == -INFINITY && poison == 0) {  // nothing has a weight yet; where that stays so the row is 0 / 0
+        if (now == -INFINITY && poison == 0) {  // no position has a weight yet; if that stays so the result is 0 / 0
             memset(s, 0, sizeof(float) * CHUNK);
             return;
         }
@@ -110,7 +111,7 @@ static void attend(const Cache<float>& cache, const Part& part) {
     }
     for (long start = 0; start < end; start += CHUNK) {
         const long count = std::min(CHUNK, end - start);
-        tile.take(cache, part.heads.kv, part.blocks, start, count);
+        tile.load_chunk(cache, part.heads.kv, part.blocks, start, count);
         std::fill(tile.scores.begin(), tile.scores.end(), 0.0f);
         multiply_tile(tile.q.data(), K, tile.keys.data(), CHUNK, K, tile.scores.data(), CHUNK, rows, CHUNK);
         for (long row = 0; row < rows; ++row) tile.weigh(row, std::min(CHUNK, part.visible(row, start)));
@@ -138,7 +139,7 @@ void manta_decode(const float* q, const float* keys, const float* values, const 
     each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part, const Part*) { attend(cache, part); });
 }
 
-// k, v (T rows of kv_stride, G heads of K) go to their slots of the cache.
+// Writes k and v (T rows, k_stride and v_stride apart, of `width` = G heads of K) to their slots of the cache.
 void manta_write_kv(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, float* keys, float* values, long T, long width,
                     int threads) {
     share_out(T, T * width > 32768 ? threads : 1, [&](long t) {

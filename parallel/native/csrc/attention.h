@@ -1,6 +1,6 @@
-// What attention in float32 and in bfloat16 have in common: how a batch is cut into tiles of queries and heads. One new token of a sequence
-// takes the way of many, so that a token's keys and values are the same bits whether it was decoded or taken in again with a prompt: a
-// stream that goes on elsewhere tells the same log-probabilities.
+// Shared by attention in float32 and in bfloat16: how a batch is split into tiles of queries and heads. A decode computes one new token with
+// the same code as a prefill computes many, so a token's keys and values are bit-identical whether it was decoded or recomputed with a
+// prompt: a stream that is resumed on another replica reports the same log-probabilities.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -10,10 +10,10 @@
 #include "simd.h"
 #include "tasks.h"
 
-constexpr long CHUNK = 64;      // positions taken at once, counted from a sequence's first: tiles change no bit of a result
-constexpr long TILE_ROWS = 96;  // queries of all heads that share keys and values
+constexpr long CHUNK = 64;      // positions computed at a time, aligned to the sequence's start, so that tiling does not change a bit of the result
+constexpr long TILE_ROWS = 96;  // queries of all heads that share one KV head
 
-// The query heads of one KV head, so that keys and values are read once for all of them.
+// The query heads of one KV head; its keys and values are read once for all of them.
 struct Heads {
     long first, count, kv;
 };
@@ -22,7 +22,7 @@ template <class Number> struct Cache {
     const Number *keys, *values;  // (N, B, G, K)
     long block_tokens, G, K;
 
-    // run(p, place of its K numbers in keys and in values) for positions start + p, p < count, of one KV head.
+    // Calls run(p, offset of its K elements in keys and values) for positions start + p, p < count, of one KV head.
     template <class Run> INLINE void each_row(long kv, const int32_t* blocks, long start, long count, Run run) const {
         long block = start / block_tokens, within = start % block_tokens;
         for (long p = 0; p < count; ++block, within = 0) {
@@ -32,7 +32,7 @@ template <class Number> struct Cache {
     }
 };
 
-// Some new tokens of one sequence from position `first` on, the query heads of one KV head. q and out are (tokens, H, K).
+// One task: some new tokens of one sequence, from position `first` on, with the query heads of one KV head. q and out are (tokens, H, K).
 struct Part {
     Heads heads;
     const float* q;
@@ -42,13 +42,13 @@ struct Part {
 
     long rows() const { return tokens * heads.count; }
     long place(long row, long K) const { return (row / heads.count * H + heads.first + row % heads.count) * K; }  // in q and out
-    long visible(long row, long start) const { return first + row / heads.count + 1 - start; }  // of the positions from `start` on
+    long visible(long row, long start) const { return first + row / heads.count + 1 - start; }  // how many positions from `start` on a row attends to
 };
 
 static inline Heads heads_of(const int64_t* heads, long g) { return {long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])}; }
 
-// Tokens starts[s] .. starts[s + 1] of q (T, H, K) are the last of lengths[s] positions of tables (S, M), each seeing itself and what lies
-// before it. heads: G triples (first, count, kv). run(part) is called for every part.
+// Causal attention: tokens starts[s] .. starts[s + 1] of q (T, H, K) are the last of the lengths[s] positions of block table s (S, M).
+// heads: G triples (first, count, kv). Calls run(part) for every part.
 template <class Run>
 static inline void each_part(const float* q, const int32_t* tables, const int64_t* starts, const int64_t* lengths, const int64_t* heads, float* out,
                              long S, long H, long G, long K, long M, int threads, Run run) {
@@ -65,7 +65,7 @@ static inline void each_part(const float* q, const int32_t* tables, const int64_
     share_out(parts.size(), threads, [&](long task) { run(parts[parts.size() - 1 - task]); });  // the longest contexts first
 }
 
-// The same where every sequence has one new token: q (S, H, K). run(part, next): what `next` points to comes next, if it is not null.
+// The same where every sequence has one new token: q (S, H, K). Calls run(part, next); `next` is this thread's next part or null.
 template <class Run>
 static inline void each_decode(const float* q, const int32_t* tables, const int64_t* lengths, const int64_t* heads, float* out, long S, long H, long G,
                                long K, long M, int threads, Run run) {

@@ -1,19 +1,19 @@
-// Attention over blocks of keys and values in bfloat16, for processors that multiply those: queries and the weights of values are rounded as they
-// enter a product; scores, weights and sums are in float32.
+// Paged attention with keys and values in bfloat16, for processors with bfloat16 dot products. Queries and softmax weights are rounded to bfloat16
+// as they enter a product; scores, softmax and sums are in float32.
 #include "attention.h"
 
 #if defined(__AVX512BF16__)
 using Bf16 = uint16_t;
-constexpr int WIDE = 4;         // registers of sums side by side: one chunk of scores, and 64 numbers of a value
-constexpr int ROWS = 6;         // times WIDE, beside what is multiplied
-constexpr float HIDDEN = -INFINITY;  // the score of a position that is not to be seen, as of one that overflowed: its weight is 0
-constexpr float LOWEST = -FLT_MAX;   // the highest score before there is any: what is subtracted must be finite
+constexpr int WIDE = 4;         // accumulator registers per row: one chunk of scores, or 64 elements of a value
+constexpr int ROWS = 6;         // rows at a time: ROWS * WIDE accumulators leave enough registers for the operands
+constexpr float HIDDEN = -INFINITY;  // score of a masked position, as of one that overflowed: its weight is 0
+constexpr float LOWEST = -FLT_MAX;   // initial running maximum; it is subtracted, so it must be finite
 static_assert(CHUNK == WIDE * LANES);
 
 static INLINE Words rounded(Floats a, Floats b) { return (Words)_mm512_cvtne2ps_pbh(b, a); }  // a's numbers before b's
 static INLINE Floats multiply_pairs(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// 2^x for x <= 0, to about 3e-6; NaN stays NaN, and of minus infinity comes 0.
+// 2^x for x <= 0, relative error about 3e-6; NaN stays NaN, minus infinity gives 0.
 static INLINE Floats power_of_two(Floats x) {
     const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
     Floats power = all(0.00133335581f);
@@ -26,13 +26,13 @@ static INLINE Floats power_of_two(Floats x) {
 }
 
 namespace {
-// What a thread holds of a part. Numbers lie in pairs, as they are multiplied: two of a head's width for scores, two positions for values.
+// A thread's working set for one part. Elements are stored in pairs, as they are multiplied: two head dims for scores, two positions for values.
 struct Tile {
     std::vector<int32_t> q, keys, values;  // (rows, K / 2), (K / 2, CHUNK), (CHUNK / 2, width)
     std::vector<float> out, most, sums;    // (rows, width), (rows), (rows, LANES)
-    std::vector<long> seen;                // positions that a row sees, from the sequence's first
+    std::vector<long> seen;                // number of positions that a row attends to, from the sequence's first
     std::vector<Bf16> nothing;
-    long K, width;  // K filled up to WIDE registers
+    long K, width;  // K padded to a multiple of WIDE registers
 
     void begin(const Part& part, long head_width) {
         K = head_width;
@@ -40,7 +40,7 @@ struct Tile {
         const long rows = part.rows();
         q.resize(rows * K / 2); keys.resize(K / 2 * CHUNK); values.assign(CHUNK / 2 * width, 0); nothing.assign(K, 0);
         out.assign(rows * width, 0); most.assign(rows, LOWEST); sums.assign(rows * LANES, 0); seen.resize(rows);
-        const Floats scale = all(1.44269504f / std::sqrt(float(K)));  // scores are powers of two
+        const Floats scale = all(1.44269504f / std::sqrt(float(K)));  // softmax in base 2
         for (long row = 0; row < rows; ++row) {
             const float* from = part.q + part.place(row, K);
             seen[row] = part.visible(row, 0);
@@ -49,8 +49,8 @@ struct Tile {
         }
     }
 
-    // Positions from `start` on, up to CHUNK of them before `end`; zeros behind the last.
-    void take(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long end) {
+    // Loads positions from `start` on, up to CHUNK of them before `end`; zeros after the last.
+    void load_chunk(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long end) {
         const float *key_at[CHUNK], *value_at[CHUNK];  // of pairs
         const long count = std::min(CHUNK, end - start);
         cache.each_row(kv, blocks, start, count, [&](long p, long place) {
@@ -73,7 +73,7 @@ struct Tile {
             }
     }
 
-    // The scores of a row become weights relative to the highest score so far. Returns by what earlier ones shrink.
+    // Online softmax: turns a row's scores into weights relative to the running maximum. Returns the factor that rescales earlier sums.
     INLINE float weigh(const float* scores, long row, long start, int32_t* weights) {
         Floats score[WIDE];
         each<WIDE>([&](auto i) INLINED { score[i] = load(scores + i * LANES); });
@@ -128,36 +128,36 @@ struct Tile {
 
 }  // namespace
 
-// Have positions `first` to `last` of a part come into the second cache.
-static void come_near(const Cache<Bf16>& cache, const Part& part, long first, long last) {
+// Prefetches positions `first` to `last` of a part into the L2 cache.
+static void prefetch(const Cache<Bf16>& cache, const Part& part, long first, long last) {
     cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long place) {
         for (long k = 0; k < cache.K; k += 64 / sizeof(Bf16)) {
             fetch(cache.keys + place + k);
             fetch(cache.values + place + k);
-            asm volatile("");  // else the compiler takes all of this for work without an effect
+            asm volatile("");  // else the compiler removes the loop as having no effect
         }
     });
 }
 
-// While positions are computed those behind them come near, or the first of the part that is next, if there is one. They are asked for in shares:
-// of many at once the last would wait, and what is computed with them.
+// While one chunk is computed, the next one is prefetched: of the same part, or the first of the next part. Prefetches are spread over the
+// computation: issued all at once, the last ones would stall, and demand loads with them.
 static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next) {
     const long K = cache.K, rows = part.rows(), end = part.first + part.tokens, groups = (rows + ROWS - 1) / ROWS;
     static thread_local Tile mine;
     Tile* tile = &mine;
-    asm volatile("" : "+r"(tile));  // else the compiler asks for this thread's one again wherever it is used
+    asm volatile("" : "+r"(tile));  // else the compiler looks up the thread-local again at every use
     tile->begin(part, K);
     for (long start = 0; start < end; start += CHUNK) {
         const bool goes_on = start + CHUNK < end;
         const Part* coming = goes_on ? &part : next;
         const long first = goes_on ? start + CHUNK : 0, some = coming ? std::min(CHUNK, coming->first + coming->tokens - first) : 0;
-        const auto ask_for = [&](long share) {
-            if (coming) come_near(cache, *coming, first + share * some / (groups + 1), first + (share + 1) * some / (groups + 1));
+        const auto prefetch_share = [&](long share) {
+            if (coming) prefetch(cache, *coming, first + share * some / (groups + 1), first + (share + 1) * some / (groups + 1));
         };
-        ask_for(groups);
-        tile->take(cache, part.heads.kv, part.blocks, start, end);
+        prefetch_share(groups);
+        tile->load_chunk(cache, part.heads.kv, part.blocks, start, end);
         for (long group = 0; group < groups; ++group) {
-            ask_for(group);
+            prefetch_share(group);
             const long row = group * rows / groups;
             with_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
         }
@@ -171,7 +171,7 @@ static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next)
 
 extern "C" {
 
-// As the functions of the same names in float32, but for keys and values.
+// As the float32 functions of the same names, except for the dtype of keys and values.
 void manta_prefill_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* starts, const int64_t* lengths,
                         const int64_t* heads, float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<Bf16> cache{keys, values, block_tokens, G, K};
@@ -185,7 +185,7 @@ void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, con
                 [&](const Part& part, const Part* next) { attend(cache, part, next); });
 }
 
-// The width is a multiple of LANES.
+// `width` must be a multiple of LANES.
 void manta_write_kv_bf16(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, Bf16* keys, Bf16* values, long T,
                          long width, int threads) {
     share_out(T, T * width > 32768 ? threads : 1, [&](long t) {

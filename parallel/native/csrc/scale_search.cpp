@@ -1,4 +1,4 @@
-// Rounding weights to 4 bits: `parallel.scale_search` says how, and comes to the same bits.
+// Scale search for int4 weights; bit-identical to `parallel.scale_search`, which documents the method.
 #include <algorithm>
 #include <cmath>
 #include "simd.h"
@@ -7,10 +7,10 @@
 constexpr int GROUP = 32, PARTS = GROUP / LANES, TRIED = 8, FIRST_TRIED = 465, STEP_TRIED = 16, COUNT_BITS = 4;
 constexpr float WHOLE = 511, LEAST = 1e-30f;
 
-// A register of 16-bit numbers.
+// Operations on registers of 16-bit integers.
 #if defined(__AVX512F__)
 static inline Words all_shorts(int16_t x) { return _mm512_set1_epi16(x); }
-static inline Words to_shorts(Words a, Words b) { return _mm512_packs_epi32(a, b); }  // in an order of their own
+static inline Words to_shorts(Words a, Words b) { return _mm512_packs_epi32(a, b); }  // interleaves a and b in blocks of 128 bits
 static inline Words sizes_of_shorts(Words x) { return _mm512_abs_epi16(x); }
 static inline Words add_shorts(Words a, Words b) { return _mm512_add_epi16(a, b); }
 static inline Words multiply_shorts(Words a, Words b) { return _mm512_mullo_epi16(a, b); }
@@ -39,7 +39,7 @@ static inline void store_bytes(int8_t* p, Words x) {
 static inline __m256i halved(Words x) { return x; }
 #endif
 
-// The sum of each of eight registers.
+// The sums of eight registers, as one register.
 static INLINE __m256i sums_of(const __m256i (&x)[8]) {
     const auto four = [&](int i) INLINED {
         return _mm256_hadd_epi32(_mm256_hadd_epi32(x[i], x[i + 1]), _mm256_hadd_epi32(x[i + 2], x[i + 3]));
@@ -66,7 +66,7 @@ static INLINE void choose_scale(const float* weights, int8_t* numbers, uint16_t*
     const bool is_sound = sum_of(poison) == 0;
     const float top = highest_of(high), bottom = highest_of(multiply(low, all(-1))), most = std::max(top, bottom);
     if (!is_sound || !(most > LEAST)) {
-        *scale = is_sound ? 0 : 0x7e00;  // no number
+        *scale = is_sound ? 0 : 0x7e00;  // NaN
         each<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, no_words()); });
         return;
     }
@@ -97,14 +97,14 @@ static INLINE void choose_scale(const float* weights, int8_t* numbers, uint16_t*
     alignas(32) float explained[TRIED], fitted[TRIED];
     _mm256_store_ps(explained, _mm256_div_ps(_mm256_mul_ps(product, product), square));
     _mm256_store_ps(fitted, _mm256_div_ps(product, square));
-    const long best = std::max_element(explained, explained + TRIED) - explained;  // the first of equals
+    const long best = std::max_element(explained, explained + TRIED) - explained;  // the first among equals
     *scale = _cvtss_sh(fitted[best] * (furthest / WHOLE), _MM_FROUND_TO_NEAREST_INT);
     const float held = _cvtsh_ss(*scale);
     const Floats back = all(held == 0 ? 0 : 1 / held);
     each<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, between(to_words(multiply(x[i], back)), all_words(-8), all_words(7))); });
 }
 
-// weights (groups, 32), numbers likewise, scales (groups).
+// weights and numbers (groups, 32), scales (groups).
 extern "C" void manta_choose_scales(const float* weights, int8_t* numbers, uint16_t* scales, long groups, int threads) {
     constexpr long AT_ONCE = 512;
     share_out((groups + AT_ONCE - 1) / AT_ONCE, threads, [&](long part) {

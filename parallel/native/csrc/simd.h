@@ -1,4 +1,4 @@
-// One register of LANES 32-bit numbers, in AVX2 (8) or AVX-512 (16), under one set of names. Kernels are written once.
+// One set of names for a register of LANES 32-bit numbers in AVX2 (8) and in AVX-512 (16), so that each kernel is written once.
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
@@ -7,7 +7,7 @@
 #define INLINED __attribute__((always_inline))
 #define INLINE inline INLINED
 
-// f(0), f(1) ... f(N - 1), with numbers known to the compiler from the start: sums indexed by them become registers.
+// Calls f(0), f(1) ... f(N - 1), unrolled with compile-time indices, so that arrays indexed by them are kept in registers.
 template <class F, int... I> static INLINE void each_of(std::integer_sequence<int, I...>, F&& f) { (f(std::integral_constant<int, I>()), ...); }
 template <int N, class F> static INLINE void each(F&& f) { each_of(std::make_integer_sequence<int, N>(), f); }
 
@@ -55,7 +55,7 @@ static inline float sum_of(Floats x) {  // always in the same order
 }
 static inline float highest_of(Floats x) { return _mm512_reduce_max_ps(x); }
 static inline unsigned not_a_number(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }  // 0: all are numbers
-// Numbers k .. k + 3 of rows 0, 4, 8, 12 of `rows`, one after the other.
+// Elements k .. k + 3 of rows 0, 4, 8 and 12 of `rows`, concatenated.
 static inline Floats fours(const float* const* rows, long k) {
     Floats x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + k));
     x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4] + k), 1);
@@ -112,7 +112,7 @@ static inline float highest_of(Floats x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-// Numbers k .. k + 3 of rows 0 and 4 of `rows`, one after the other.
+// Elements k .. k + 3 of rows 0 and 4 of `rows`, concatenated.
 static inline Floats fours(const float* const* rows, long k) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + k)), _mm_loadu_ps(rows[4] + k), 1);
 }
@@ -122,7 +122,7 @@ static inline Floats low_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a
 static inline Floats high_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a, b, 0xee); }
 #endif
 
-// Within each four numbers of a register: four rows of four become four columns.
+// Transposes 4 x 4 blocks: within each 128-bit lane of the four registers.
 static inline void turn(Floats& a, Floats& b, Floats& c, Floats& d) {
     const Floats ab_low = low_pairs(a, b), ab_high = high_pairs(a, b), cd_low = low_pairs(c, d), cd_high = high_pairs(c, d);
     a = low_halves(ab_low, cd_low);
@@ -131,22 +131,22 @@ static inline void turn(Floats& a, Floats& b, Floats& c, Floats& d) {
     d = high_halves(ab_high, cd_high);
 }
 
-// Has x be in a register here, so that the compiler neither moves loads far ahead nor sums out of the registers.
+// Forces x into a register here, so that the compiler neither hoists loads far ahead nor spills accumulators.
 static INLINE void hold(Words& x) { asm volatile("" : "+v"(x)); }
 template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"(p)); }
 
-constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // times two registers of sums, beside what is multiplied
+constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // with two accumulator registers each, this leaves enough registers for the operands
 
-// Has a line of memory come near, but not so near that it drives out what is being multiplied.
+// Prefetches a cache line into L2 and not L1, where it would evict what is being multiplied.
 static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
-// Calls run with the number of rows as a constant.
+// Calls run with the number of rows as a compile-time constant.
 template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
     if (count == R) run(std::integral_constant<int, R>());
     else if constexpr (R > 1) with_rows<R - 1>(count, run);
 }
 
-// e^x to about 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (coefficients 1/k!). Below -87 it gives 1e-38, not zero.
+// e^x to about 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (coefficients 1/k!). Below -87 it returns 1e-38, not zero.
 static inline Floats exponential(Floats x) {
     x = highest(lowest(x, all(88.0f)), all(-87.0f));
     Words n = to_words(multiply(x, all(1.44269504f)));

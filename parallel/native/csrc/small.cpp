@@ -2,7 +2,7 @@
 
 extern "C" {
 
-// x (T, D) += delta; out (T, D) = weight * x / rms(x). delta may be null.
+// RMS norm: x (T, D) += delta; out (T, D) = weight * x / rms(x). delta may be null.
 void manta_add_norm(float* x, const float* delta, const float* weight, float* out, long T, long D, float eps, int threads) {
     share_out(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
         float* row = x + t * D;
@@ -11,12 +11,12 @@ void manta_add_norm(float* x, const float* delta, const float* weight, float* ou
     });
 }
 
-// out (T, I) = silu(x[:, :I]) * x[:, I:]
+// SwiGLU: out (T, I) = silu(x[:, :I]) * x[:, I:]
 void manta_gate(const float* x, float* out, long T, long I, int threads) {
     share_out(T, T * I > SERIAL_NUMBERS ? threads : 1, [&](long t) { gate(x + 2 * t * I, x + (2 * t + 1) * I, out + t * I, I); });
 }
 
-// out (T, X, K): each head of x (T rows of `stride`, X heads of K) turned by cos, sin (T, K / 2).
+// Rotary embedding: out (T, X, K) = each head of x (T rows, `stride` apart, of X heads of K) rotated by cos, sin (T, K / 2).
 void manta_rotate(const float* x, long stride, const float* cos, const float* sin, float* out, long T, long X, long K, int threads) {
     const long half = K / 2;
     share_out(T, T * X * K > SERIAL_NUMBERS ? threads : 1, [&](long t) {
@@ -32,7 +32,7 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
     });
 }
 
-// Of each of R rows of N numbers, `stride` apart, the highest and its place.
+// Argmax: the highest value and its index in each of R rows of N values, `stride` apart.
 void manta_highest(const float* x, long stride, float* values, int64_t* places, long R, long N, int threads) {
     share_out(R, threads, [&](long r) { values[r] = highest_at(x + r * stride, N, places + r); });
 }

@@ -1,11 +1,11 @@
-// The small operations between matrices, each in one pass over its rows.
+// Elementwise and row-wise operations between matrix products, each in one pass over its rows.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include "simd.h"
 #include "tasks.h"
 
-constexpr long SERIAL_NUMBERS = 32768;  // below, waking a second thread costs more than it saves
+constexpr long SERIAL_NUMBERS = 32768;  // with fewer elements, waking a second thread costs more than it saves
 
 static inline void gate(const float* left, const float* right, float* out, long I) {  // silu(left) * right
     long i = 0;
@@ -28,7 +28,7 @@ static inline void norm(const float* x, const float* weight, float* out, long D,
     for (; i < D; ++i) out[i] = weight[i] * (x[i] * scale);
 }
 
-// The highest of N numbers and the first place where it stands; NaN where one of them is, and then any place.
+// The highest of N values and its first index; if any value is NaN, NaN and an arbitrary index.
 static inline float highest_at(const float* x, long N, int64_t* place) {
     constexpr long STRETCH = 64 * LANES;
     float best = x[0];

@@ -1,8 +1,8 @@
-// Work for the threads of torch's own OpenMP pool (its library is loaded before this one, so there is one pool, and it spins).
+// Parallel loops on torch's own OpenMP pool (its library is loaded before this one, so there is only one pool, and its threads spin).
 #pragma once
 #include <atomic>
 
-// Calls run(task) for 0 .. tasks-1, each once. Whoever is free takes the next: another process on a core then delays little.
+// Calls run(task) once for each of 0 .. tasks-1. Scheduling is dynamic, so another process on one of the cores delays the loop little.
 template <class Run> static inline void share_out(long tasks, int threads, Run run) {
     if (threads <= 1 || tasks <= 1) {
         for (long task = 0; task < tasks; ++task) run(task);
@@ -13,7 +13,7 @@ template <class Run> static inline void share_out(long tasks, int threads, Run r
     for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
 }
 
-// The same, run(task, next) where whoever computes a task knows which one is its next (`tasks` or more: none), and can have it come near.
+// The same with run(task, next), where `next` is the task that the same thread will run next (`tasks` or more: none), so it can prefetch for it.
 template <class Run> static inline void share_out_ahead(long tasks, int threads, Run run) {
     std::atomic<long> first{0};
     const auto work = [&] {

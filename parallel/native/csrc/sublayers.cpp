@@ -1,5 +1,5 @@
-// Half a decoder layer in one call, a norm and attention or a norm and an MLP, and all layers in one. They call what Python calls one after the
-// other, with the same numbers, so their bits are those; with few tokens Python between the kernels took longer than the kernels.
+// A sublayer (norm and attention, or norm and MLP) in one call, and all decoder layers in one call. They call the same kernels with the same
+// arguments as Python does one by one, so results are bit-identical; with few tokens, Python between the kernels took longer than the kernels.
 #include <time.h>
 #include "linear.h"
 
@@ -10,7 +10,7 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
 }
 
 namespace {
-// The layout of these is known to parallel/native/sublayers.py. Functions are addresses of those in linear.cpp and attention*.cpp.
+// parallel/native/sublayers.py mirrors the layout of these structs. Function pointers refer to linear.cpp and attention*.cpp.
 struct Matrix {
     void (*product)(const float*, const void*, const void*, const float*, float*, long, long, long, long, long, int);
     const void *weights, *scales;
@@ -31,7 +31,7 @@ struct Norm {
     }
 };
 
-struct AttentionHalf {
+struct AttentionSublayer {
     Norm norm;
     Matrix qkv, output;
     const int64_t* heads;  // see each_part
@@ -50,7 +50,7 @@ using AllAtOnce = void (*)(const float*, long, const int64_t*, const int64_t*, l
 struct Mlp {
     Matrix up, down;
     AllAtOnce gated;
-    long few_rows;  // with more, gate and products pass at once
+    long few_rows;  // with more rows, both products and the activation run in one pass
 
     void run(const float* x, float* out, long T, int threads) const {
         if (T > few_rows) {
@@ -66,19 +66,20 @@ struct Mlp {
     }
 };
 
-struct MlpHalf {
+struct MlpSublayer {
     Norm norm;
     Mlp mlp;
 };
 
-// The experts of a layer by number; null where one is held elsewhere. D is the model's width, I that of an expert, both padded for their group too.
+// The experts of a layer by number; null for one held elsewhere. D: model width, I: inner width of an expert; `outer` and `inner` are D and I padded
+// to whole groups.
 struct Experts {
     AllAtOnce run;
     const void *const *up, *const *up_scales, *const *down, *const *down_scales;
     long count, D, outer, I, inner, group;
 };
 
-struct MoeHalf {
+struct MoeSublayer {
     Norm norm;
     Matrix router, shared_gate;
     Mlp shared;
@@ -86,7 +87,7 @@ struct MoeHalf {
     long per_token, renormalise;
 };
 
-// What is the same for all layers of a step: T tokens of S sequences, of which the first `decodes` have one each.
+// Inputs shared by all layers of a step: T tokens of S sequences, of which the first `decodes` have one token each.
 struct Batch {
     const float *cos, *sin;    // (T, K / 2)
     const int64_t* slots;      // (T)
@@ -96,16 +97,16 @@ struct Batch {
 };
 
 struct Layer {
-    const AttentionHalf* attention;
-    const void* second;  // an MlpHalf or a MoeHalf
+    const AttentionSublayer* attention;
+    const void* second;  // MlpSublayer or MoeSublayer
     long is_sparse;
 };
 
-// How what the ranks of a group have each in part becomes whole; a rank alone (`exchange` is null) has it so.
+// All-reduce over the ranks of the group; none is needed on a single rank (`exchange` is null).
 struct Sums {
     int (*all_reduce)(void*, float*, long);
     void* exchange;
-    int64_t* page;  // of parallel/last_collective.py, which says what is in it; null: nobody keeps one
+    int64_t* page;  // see parallel/last_collective.py; null: collectives are not recorded
     int64_t kind, axis;
 
     int add_up(float* x, long count) const {
@@ -123,8 +124,8 @@ struct Sums {
 
 extern "C" {
 
-// x (T, D) += delta, which may be null; out (T, D) = attention(norm(x)), keys and values written to the cache.
-void manta_attention_half(const AttentionHalf* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
+// x (T, D) += delta, which may be null; out (T, D) = attention(norm(x)). Writes keys and values to the cache.
+void manta_attention_half(const AttentionSublayer* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
     const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *half;
     const long T = batch->T, width = (H + 2 * G) * K, decodes = batch->decodes, M = batch->M;
     Room<float> all(T * width);
@@ -146,18 +147,18 @@ void manta_attention_half(const AttentionHalf* half, const Batch* batch, float* 
 }
 
 // x (T, D) += delta, which may be null; out (T, D) = mlp(norm(x)).
-void manta_mlp_half(const MlpHalf* half, float* x, const float* delta, float* out, long T, int threads) {
+void manta_mlp_half(const MlpSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
     const long D = half->mlp.up.inputs;
     Room<float> normed(T * D);
     half->norm.add(x, delta, &normed[0], T, D, threads);
     half->mlp.run(&normed[0], out, T, threads);
 }
 
-// out (N, D): of each row of x the sum of its experts, each times its weight, in the order of ids and weights (N, A). An id below 0 is computed
-// elsewhere and adds nothing. Returns the id of an expert that is not here, and has then computed nothing; else -1.
+// out (N, D): for each row of x, the weighted sum of its experts, in the order of ids and weights (N, A). A negative id is computed elsewhere and
+// adds nothing. Returns -1, or the id of an expert that is not held here; then nothing was computed.
 long manta_weighted_experts(const Experts* all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads) {
     const auto& [run, up, up_scales, down, down_scales, count, width, outer, I, inner, group] = *all;
-    const long D = width;  // a name of its own: lambdas of C++17 do not take the others along
+    const long D = width;  // lambdas of C++17 cannot capture structured bindings
     std::vector<int64_t> counts(count), used;
     long total = 0;
     for (long a = 0; a < N * A; ++a) {
@@ -191,7 +192,7 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
     return -1;
 }
 
-// The A most probable of E experts by their logits, and the probabilities, which are a softmax over all of them; of equal ones the first.
+// The top A of E experts by their logits, and their probabilities by a softmax over all experts; the first among equals.
 static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights) {
     std::vector<float> share(logits, logits + E);
     const float most = *std::max_element(share.begin(), share.end());
@@ -210,9 +211,9 @@ static void choose(const float* logits, long E, long A, bool renormalise, int64_
         for (long a = 0; a < A; ++a) weights[a] /= chosen;
 }
 
-// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns what
-// manta_weighted_experts does: with an expert that is not here nothing is in out.
-long manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* out, long T, int threads) {
+// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns as
+// manta_weighted_experts does; with a missing expert `out` is not written.
+long manta_moe_half(const MoeSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
     const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
     const long D = router.inputs, E = router.outputs;
     Room<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
@@ -230,20 +231,20 @@ long manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* ou
     return -1;
 }
 
-// x (T, D) through all layers; delta (T, D) is what is still to be added to it then. Returns 0; above it how a sum over ranks failed (exchange.cpp),
-// below it -1 - the id of an expert that is not here.
+// Runs x (T, D) through all layers; what is then still to be added to x is left in delta (T, D). Returns 0 on success, a positive Outcome of
+// shared_memory_collectives.cpp if a sum over ranks failed, or -1 - the id of a missing expert.
 long manta_layers(const Layer* layers, long count, const Sums* sums, const Batch* batch, float* x, float* delta, long D, int threads) {
     const long T = batch->T;
     for (long l = 0; l < count; ++l) {
         const auto& [attention, second, is_sparse] = layers[l];
-        manta_attention_half(attention, batch, x, l ? delta : nullptr, delta, threads);  // a half reads its delta before it writes
+        manta_attention_half(attention, batch, x, l ? delta : nullptr, delta, threads);  // a sublayer reads delta before it overwrites it
         if (const int outcome = sums->add_up(delta, T * D)) return outcome;
-        if (is_sparse) {  // and whole on this rank
-            const long missing = manta_moe_half((const MoeHalf*)second, x, delta, delta, T, threads);
+        if (is_sparse) {  // sparse layers are complete on each rank: no sum
+            const long missing = manta_moe_half((const MoeSublayer*)second, x, delta, delta, T, threads);
             if (missing >= 0) return -1 - missing;
             continue;
         }
-        manta_mlp_half((const MlpHalf*)second, x, delta, delta, T, threads);
+        manta_mlp_half((const MlpSublayer*)second, x, delta, delta, T, threads);
         if (const int outcome = sums->add_up(delta, T * D)) return outcome;
     }
     return 0;
