@@ -51,7 +51,7 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _revisions_have_something(self) -> "ModelSettings":
         if self.adapter_revision is not None and self.adapter is None:
-            raise ValueError("adapter_revision is set, and there is no adapter")
+            raise ValueError("adapter_revision is set, but there is no adapter")
         return self
 
 

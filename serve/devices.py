@@ -52,8 +52,8 @@ def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
     if wanted > num_gpus:
         raise DeviceError(
             f"with a GPU for each rank the server needs {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
-            "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, where hosts come when they "
-            f"are asked for, {GPU_ON_DEMAND_HINT}"
+            "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, if GPU hosts are added on "
+            f"demand, {GPU_ON_DEMAND_HINT}"
         )
 
 
@@ -63,10 +63,8 @@ def _gpus_of_a_rank(config: ServeConfig) -> float:
 
 def _say_that_there_are_none(config: ServeConfig) -> None:
     if config.runner.device == "cuda":
-        raise DeviceError(f"runner.device is cuda, and no host has a GPU; where they come when they are asked for, {GPU_ON_DEMAND_HINT}")
-    logger.warning(
-        "no host has a GPU: %s is computed on CPUs (where hosts come when they are asked for: %s)", config.model.source, GPU_ON_DEMAND_HINT
-    )
+        raise DeviceError(f"runner.device is cuda, but no host has a GPU; if GPU hosts are added on demand, {GPU_ON_DEMAND_HINT}")
+    logger.warning("no host has a GPU: %s runs on CPUs (if GPU hosts are added on demand: %s)", config.model.source, GPU_ON_DEMAND_HINT)
 
 
 def _decided(config: ServeConfig, *, on_gpu: bool) -> ServeConfig:
@@ -82,6 +80,6 @@ def _check_fp8(config: ServeConfig) -> None:
     if config.runner.device != "cpu":
         return
     if config.runner.quantize == "fp8":
-        raise DeviceError("CPUs do not multiply fp8: use --quantize int8 or int4, or GPUs")
+        raise DeviceError("CPUs do not support fp8: use --quantize int8 or int4, or GPUs")
     if config.runner.kv_dtype == "fp8":
-        raise DeviceError("CPUs do not hold keys and values in fp8: leave out --kv-dtype, or use GPUs")
+        raise DeviceError("CPUs do not support an fp8 KV cache: leave out --kv-dtype, or use GPUs")

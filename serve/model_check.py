@@ -54,8 +54,8 @@ def context_warning(location: Path | str) -> str | None:
     if config.dual_chunk_tokens is None:
         return None
     return (
-        f"{location} takes {config.max_context_tokens} tokens here, not {config.dual_chunk_tokens}: beyond those that it was trained with "
-        "it needs dual chunk attention, which is not computed"
+        f"{location} supports {config.max_context_tokens} tokens here, not {config.dual_chunk_tokens}: longer contexts need dual chunk "
+        "attention, which is not supported"
     )
 
 
@@ -64,7 +64,7 @@ def adapter_base_warning(adapter: Path | str, base: str) -> str | None:
     config = AdapterConfig.from_folder(small_files(adapter))
     if base == DEMO or config.base is None or config.is_of(base):
         return None
-    return f"the adapter {adapter} says that it was trained on {terminal_safe(config.base)}, and is added to {base}"
+    return f"the adapter {adapter} says that it was trained on {terminal_safe(config.base)}, but is merged into {base}"
 
 
 def with_local_draft_model(config: ServeConfig, location: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:

@@ -122,7 +122,7 @@ def portable_source(settings: ModelSettings) -> Path | str:
         return Path(source).expanduser()
     if REPOSITORY.fullmatch(source):
         return f"{HUB_SCHEME}{source}{revision}"
-    raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path is another one on every host")
+    raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path differs between hosts")
 
 
 def portable_adapter(settings: ModelSettings) -> Path | str | None:

@@ -47,7 +47,7 @@ def batch(
     from serve.batch import BatchError, finished, forget_failures, read_items, refuses_key, run_batch, wait_until_ready
 
     if not url.startswith(("http://", "https://")):
-        exit_with_error(f"--url {url!r} is no URL of a server; it is like http://127.0.0.1:8000", code=WRONG_USAGE)
+        exit_with_error(f"--url {url!r} is not a URL; write for example http://127.0.0.1:8000", code=WRONG_USAGE)
     url = url.rstrip("/").removesuffix("/v1")  # as the greeting of `manta serve` and OpenAI's clients have it
     key = api_key or os.environ.get("MANTA_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -61,9 +61,9 @@ def batch(
             if not wait_until_ready(client, timeout_s=0.0):
                 typer.echo(f"waiting up to {READY_TIMEOUT_S:g} s for a server at {url}", err=True)
                 if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
-                    exit_with_error(f"no server answers at {url}; start one with `manta serve`, or say --url")
+                    exit_with_error(f"no server answers at {url}; start one with `manta serve`, or give --url")
             if refuses_key(client):
-                exit_with_error(f"the server at {url} wants {'another' if key else 'a'} key: --api-key, or MANTA_API_KEY")
+                exit_with_error(f"the server at {url} needs {'another' if key else 'an'} API key: --api-key, or MANTA_API_KEY")
             if retry_failed:
                 forget_failures(output, {item.custom_id for item in items})
             with progress_of(len(items)) as bar:

@@ -101,7 +101,7 @@ def bench_serve(
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
     """Leaves the program where the results could not be written: before they are measured."""
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        exit_with_error("plots want matplotlib: pip install matplotlib")
+        exit_with_error("plots need matplotlib: pip install matplotlib")
     for path in filter(None, (json_file, plot)):
         if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             exit_with_error(f"{path} cannot be written")

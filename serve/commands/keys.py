@@ -122,7 +122,7 @@ def rotate(
             write(tuple(key if old.id == id else old for old in present))
     except (KeyFileError, OSError) as error:
         exit_with_error(str(error))
-    typer.echo(f"key {id} has a new secret; the old one is taken for {grace}; this is shown once:", err=True)
+    typer.echo(f"key {id} has a new secret; the old one stays valid for {grace}; this is shown once:", err=True)
     typer.echo(shown)
 
 
@@ -158,5 +158,5 @@ def _seconds(text: str) -> float:
     number, unit = text.rstrip("smhd"), text[len(text.rstrip("smhd")) :]
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
     if not number.isdecimal() or unit not in units:
-        exit_with_error(f"a time is written like 30s, 15m, 24h or 7d, not {text!r}")
+        exit_with_error(f"{text!r} is not a duration; write for example 30s, 15m, 24h or 7d")
     return int(number) * units[unit]

@@ -72,7 +72,7 @@ def plan(
 
         return typer.echo(layouts_page(), nl=False)
     if model is None or not gpus:
-        exit_with_error("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
+        exit_with_error("give a model and GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
         inputs = _inputs(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
         made = _plan(replace(inputs, redundant_experts=redundant_experts, draft=_shape(draft_model)))
@@ -172,6 +172,4 @@ def _chosen(plan: "Plan", number: int | None) -> "Layout":
     if not plan.layouts:
         exit_with_error("no layout is valid; run without --emit to see why")
     reasons = "; ".join(dict.fromkeys(limit.sentence for limit in plan.layouts[0].limits))
-    exit_with_error(
-        f"none of the {len(plan.layouts)} valid layouts is served today: {reasons}\n--layout 1 writes the best of them nevertheless"
-    )
+    exit_with_error(f"none of the {len(plan.layouts)} valid layouts can be served today: {reasons}\n--layout 1 emits the best one anyway")

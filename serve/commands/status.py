@@ -121,7 +121,7 @@ def _meant(address: str | None) -> "tuple[str, LocalServerRecord | None]":
         return address, next((each for each in servers if each.address == address), None)
     if len(servers) > 1:
         listed = "\n".join(f"  --ray-address {each.address}  {each.http}" for each in servers)
-        exit_with_error(f"{len(servers)} servers run here; say which:\n{listed}")
+        exit_with_error(f"{len(servers)} servers run here; choose one:\n{listed}")
     if servers:
         return servers[0].address, servers[0]
     if address == "local":

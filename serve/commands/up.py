@@ -63,5 +63,5 @@ def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = No
 def on_a_cluster(config: "ServeConfig") -> "ServeConfig":
     """The settings with the address of an existing cluster: that of this host if none is given."""
     if config.ray.address == "local":
-        exit_with_error('ray.address is "local": say auto or host:port, or use `manta serve`')
+        exit_with_error('ray.address is "local": use auto or host:port, or run `manta serve`')
     return config.model_copy(update={"ray": config.ray.model_copy(update={"address": config.ray.address or "auto"})})

@@ -78,7 +78,7 @@ async def find_model(url: str, key: str | None) -> str:
         limits = aiohttp.ClientTimeout(total=FIND_TIMEOUT_S)
         async with aiohttp.ClientSession(headers=headers, timeout=limits) as session, session.get(f"{url}/models") as response:
             if response.status in (401, 403):
-                raise ValueError(f"{url}/models answers {response.status}: it wants {'another' if key else 'a'} key (--key)")
+                raise ValueError(f"{url}/models answers {response.status}: it needs {'another' if key else 'an'} API key (--key)")
             response.raise_for_status()
             return str((await response.json())["data"][0]["id"])
     except TimeoutError as error:

@@ -104,11 +104,11 @@ def make_plan(inputs: PlanInputs) -> Plan:
         PlanError: the context exceeds the model's limit, or redundant experts are requested for a dense model.
     """
     if inputs.redundant_experts and inputs.shape.moe is None:
-        raise PlanError(f"{inputs.shape.name} has no experts to be held more than once; leave out --redundant-experts")
+        raise PlanError(f"{inputs.shape.name} has no experts to replicate; leave out --redundant-experts")
     limit = inputs.shape.max_context_tokens
     if inputs.workload.context_tokens > limit:
         raise PlanError(
-            f"{inputs.shape.name} takes {limit} tokens at most, not {inputs.workload.context_tokens}; give --context {limit}, "
+            f"{inputs.shape.name} supports at most {limit} tokens, not {inputs.workload.context_tokens}; give --context {limit}, "
             "or add rope_scaling (YaRN) to its config.json and plan from that folder"
         )
     layouts: list[Layout] = []

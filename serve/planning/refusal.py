@@ -33,7 +33,7 @@ def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
         return Refusal(found[0].reason, found[0].sentence)
     if shape.moe is None and topology.dp > 1:  # it could be served, but is never useful
         return Refusal(
-            "dense", f"dp={topology.dp} inside a replica would hold a dense model {topology.dp} times and gain nothing; use more replicas"
+            "dense", f"dp={topology.dp} inside a replica would hold a dense model {topology.dp} times without benefit; use more replicas"
         )
     return None
 
@@ -44,12 +44,12 @@ def _refuse_for_hosts(topology: Topology, fleet: Fleet) -> Refusal | None:
     if topology.tp > fleet.gpus_per_host:
         return Refusal(
             "host",
-            f"tp={topology.tp} would leave a host of {fleet.gpus_per_host} GPUs; use tp={fleet.gpus_per_host} at most, "
-            "and stages (pp) over hosts",
+            f"tp={topology.tp} does not fit on a host of {fleet.gpus_per_host} GPUs; use at most tp={fleet.gpus_per_host}, "
+            "and pipeline stages (pp) across hosts",
         )
     return Refusal(
         "host",
-        f"{topology} cannot fill hosts of {fleet.gpus_per_host} GPUs alike with whole stages, or with whole tp groups of one; "
+        f"{topology} cannot be placed evenly on hosts of {fleet.gpus_per_host} GPUs, by whole stages or by whole tp groups of a stage; "
         f"use pp x dp x tp so that each of at most {fleet.hosts} hosts holds the same",
     )
 
@@ -68,7 +68,7 @@ def refuse_memory(ranks: list[RankMemory], fleet: Fleet, workload: Workload) -> 
     if room < workload.context_tokens:
         return Refusal(
             "context",
-            f"beside the weights there is room for {room:,} tokens of KV, less than one context of {workload.context_tokens:,}; "
+            f"besides the weights there is room for {room:,} tokens of KV, less than one context of {workload.context_tokens:,}; "
             f"use more ranks, a smaller --dtype{f' or --context {room}' if room >= 1 else ''}",
         )
     return None

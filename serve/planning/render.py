@@ -99,18 +99,18 @@ def _notes(plan: Plan, shown: Iterable[Layout]) -> list[str]:
     lines = ["", f"{counted(len(plan.layouts), 'layout')} valid{'; --all lists each' if len(plan.layouts) > 1 else ''}. {ORDER}"]
     if plan.has_floors:
         lines.append(
-            "Rates are floors of time: every byte read once, every product computed once, experts liked alike, "
-            "all sequences at full context. Each: between two tokens of a stream; first: of a prompt as long as the context, alone."
+            "Speeds are theoretical limits: every byte read once, every product computed once, experts used evenly, "
+            "all sequences at full context. Each: time between tokens of a stream; first: time to the first token of one full-length prompt."
         )
     else:
-        lines.append("Name the GPU (for example 8xH100-80G) for floors of time; the order here is that of a GPU of typical proportions.")
+        lines.append("Name the GPU (for example 8xH100-80G) to see speeds; the order here is that of a typical GPU.")
     lines += [f"{limit.code}: {limit.sentence}." for limit in _distinct(shown)]
     first = plan.first_served()
     if first is not None and first is not plan.layouts[0]:
         number = plan.layouts.index(first) + 1
-        lines.append(f"The best that `manta serve` takes today is number {number}: {first.placement.replicas} x {first.topology}.")
+        lines.append(f"The best that `manta serve` supports today is number {number}: {first.placement.replicas} x {first.topology}.")
     elif first is None:
-        lines.append("None of them is taken by `manta serve` today.")
+        lines.append("`manta serve` supports none of them today.")
     return lines
 
 

@@ -74,7 +74,7 @@ def shape_of_checkpoint(folder: Path, *, name: str) -> ModelShape:
     except ValueError as error:
         raise PlanError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(raw, dict):
-        raise PlanError(f"{path} holds no JSON object; give the config.json of a checkpoint")
+        raise PlanError(f"{path} does not contain a JSON object; give the config.json of a checkpoint")
     try:
         return shape_of_config(raw, name=name)
     except PlanError as error:

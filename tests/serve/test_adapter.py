@@ -84,7 +84,7 @@ def test_several_models_may_have_a_base_in_common() -> None:
     assert [each.model.adapter for each in ServeConfig(models=tuple(entries)).each_model()] == [None, "me/one", "me/other"]
     with pytest.raises(ValidationError, match="two models are called 'me/one'"):
         ServeConfig(models=(entries[1], entries[1]))
-    with pytest.raises(ValidationError, match="adapter_revision is set, and there is no adapter"):
+    with pytest.raises(ValidationError, match="adapter_revision is set, but there is no adapter"):
         ModelSettings(source=BASE, adapter_revision="v2")
 
 

@@ -287,8 +287,8 @@ def test_a_server_of_another_kind_is_asked_without_waiting(tmp_path: Path, url: 
 
 def test_a_wrong_key_is_told_before_anything_is_asked(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Refusing, "do_GET", lambda self: self._answer(401 if self.path == "/v1/models" else 200, {}))
-    assert "wants a key: --api-key" in manta_batch(tmp_path, url, 0).output
-    assert "wants another key" in manta_batch(tmp_path, url, 0, "--api-key", "wrong").output
+    assert "needs an API key: --api-key" in manta_batch(tmp_path, url, 0).output
+    assert "needs another API key" in manta_batch(tmp_path, url, 0, "--api-key", "wrong").output
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -28,7 +28,7 @@ def test_every_rank_gets_a_gpu_where_there_are_enough() -> None:
 def test_without_gpus_ranks_compute_on_cpus_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert decided(settings(parallel={"tensor": 2}), num_gpus=0) == [(0.0, "cpu")]
-    assert "no host has a GPU: Qwen/Qwen2-7B-Instruct is computed on CPUs" in caplog.text
+    assert "no host has a GPU: Qwen/Qwen2-7B-Instruct runs on CPUs" in caplog.text
 
 
 def test_the_demo_model_leaves_gpus_alone_unless_it_is_told_to_use_one(caplog: pytest.LogCaptureFixture) -> None:

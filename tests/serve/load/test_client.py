@@ -141,7 +141,7 @@ async def test_a_server_that_does_not_stream_is_said_to(server: tuple[Server, st
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (web.json_response({"error": "no"}, status=401), "answers 401: it wants a key"),
+        (web.json_response({"error": "no"}, status=401), "answers 401: it needs an API key"),
         (web.json_response([]), "names no model"),
         (web.Response(text="<html>"), "names no model"),
         (web.json_response({"data": None}), "names no model"),
