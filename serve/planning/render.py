@@ -100,7 +100,7 @@ def _notes(plan: Plan, shown: Iterable[Layout]) -> list[str]:
     if plan.has_floors:
         lines.append(
             "Speeds are theoretical limits: every byte read once, every product computed once, experts used evenly, "
-            "all sequences at full context. Each: time between tokens of a stream; first: time to the first token of one full-length prompt."
+            "all sequences at full context. Each: time between tokens of a stream; first: time to first token of one full-length prompt."
         )
     else:
         lines.append("Name the GPU (for example 8xH100-80G) to see speeds; the order here is that of a typical GPU.")

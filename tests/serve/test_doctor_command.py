@@ -87,7 +87,7 @@ def test_a_context_that_is_cut_is_told_of_by_the_doctor_and_by_whoever_serves(
     chunks = {"max_position_embeddings": 1024, "dual_chunk_attention_config": {"original_max_position_embeddings": 256}}
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | chunks))
     done = CliRunner().invoke(app, ["doctor", str(folder), "--checkpoint-only", "--json"])
-    said = "takes 256 tokens here, not 1024"
+    said = "supports 256 tokens here, not 1024"
     assert [each["check"] for each in json.loads(done.stdout)["findings"] if said in each["found"]] == ["context"]
     find_local_models(ServeConfig(model=ModelSettings(source=str(folder))))
     assert said in capsys.readouterr().err
