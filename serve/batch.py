@@ -151,9 +151,9 @@ def _reason(line: dict[str, Any]) -> str:
     if status is None:
         return "neither an answer nor an error"
     body = line["response"].get("body")
-    told = body.get("error") if isinstance(body, dict) else None
-    said = told.get("message") if isinstance(told, dict) else None
-    return f"{status}: {said}" if said else str(status)
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return f"{status}: {message}" if message else str(status)
 
 
 class Sender:
@@ -171,15 +171,15 @@ class Sender:
                 self._sleep(min(2.0**attempt, MAX_WAIT_S))
             else:
                 if response.status_code not in TRY_AGAIN:
-                    return _line(item, response=_told(response))
+                    return _line(item, response=_response(response))
                 self._sleep(min(_retry_after_s(response, attempt), MAX_WAIT_S))
         try:
-            return _line(item, response=_told(self._client.post(item.url, json=item.body)))
+            return _line(item, response=_response(self._client.post(item.url, json=item.body)))
         except httpx.TransportError as error:
             return _line(item, error={"code": "no_response", "message": f"{type(error).__name__}: {error}"})
 
 
-def _told(response: httpx.Response) -> dict[str, Any]:
+def _response(response: httpx.Response) -> dict[str, Any]:
     try:
         body = response.json()
     except ValueError:
@@ -192,8 +192,8 @@ def _line(item: Item, *, response: dict[str, Any] | None = None, error: dict[str
 
 
 def _retry_after_s(response: httpx.Response, attempt: int) -> float:
-    said = response.headers.get("retry-after", "")
-    return float(said) if said.isdecimal() else 2.0**attempt
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdecimal() else 2.0**attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ def wait_until_ready(client: httpx.Client, *, timeout_s: float, sleep: Callable[
 
 
 def refuses_key(client: httpx.Client) -> bool:
-    """Whether every request would be refused for its key: said once and before any of them."""
+    """Whether the server would reject every request because of its key. Checked once, before any of them."""
     try:
         return client.get("/v1/models").status_code in (401, 403)
     except httpx.TransportError:

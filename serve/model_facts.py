@@ -99,5 +99,5 @@ class ModelFacts:
 
 def _tokenizer_info(folder: Path, tokenizer: Tokenizer) -> Mapping[str, Any]:
     settings = read_settings(folder)
-    told = {name: settings[name] for name in ("tokenizer_class", "model_max_length", "add_prefix_space") if name in settings}
-    return told | tokenizer.named | {"chat_template": stored_source(folder)}
+    info = {name: settings[name] for name in ("tokenizer_class", "model_max_length", "add_prefix_space") if name in settings}
+    return info | tokenizer.named | {"chat_template": stored_source(folder)}

@@ -233,8 +233,8 @@ def _is_adapter(folder: Path, source: str) -> str:
     except AdapterError:
         base = None
     named = base is not None and REPOSITORY.fullmatch(base) is not None  # anything else must not go into a command to copy
-    said = "" if named or base is None else f" (called {terminal_safe(base)} where it was trained)"
-    return f", but it is a LoRA adapter; serve it with its base{said}: manta serve {base if named else 'BASE'} --adapter {source}"
+    base_note = "" if named or base is None else f" (called {terminal_safe(base)} where it was trained)"
+    return f", but it is a LoRA adapter; serve it with its base{base_note}: manta serve {base if named else 'BASE'} --adapter {source}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,8 +313,8 @@ def _not_kept(repository: str, variable: str, error: BaseException | None) -> st
     """Message if the cause was this machine's disk, else None. ``variable``: environment variable that sets the cache folder."""
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or (error.errno in CLOSED and error.filename)):
-            said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-            return f"{repository} cannot be kept in this machine's cache: {said}. Make room, or name another location by {variable}"
+            reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+            return f"{repository} cannot be kept in this machine's cache: {reason}. Make room, or name another location by {variable}"
         error = error.__cause__ or error.__context__
     return None
 
@@ -322,9 +322,9 @@ def _not_kept(repository: str, variable: str, error: BaseException | None) -> st
 def _unreachable(hub: str, repository: str, error: Exception) -> str:
     """Error message with the library's own error at the end: some firewalls answer in place of the hub."""
     reason = error.__cause__ or error
-    said = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:200]}"
+    message = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:200]}"
     mirror = "" if hub == "ModelScope" else "HF_ENDPOINT names a mirror, "
     return (
         f"{repository} is not in this machine's cache, and {hub} could not be reached ({mirror}HTTPS_PROXY a proxy). "
-        f"Without a network: download it elsewhere, copy the folder here, and give the folder instead; or serve `{DEMO}` ({said})"
+        f"Without a network: download it elsewhere, copy the folder here, and give the folder instead; or serve `{DEMO}` ({message})"
     )

@@ -74,8 +74,8 @@ def collect_overview() -> Overview:
         return Overview(hosts=(), apps=(), replicas=(), waits={}, missing=tuple(missing))
     details = _details(missing)
     apps = tuple(
-        AppView(name=name, status=str(getattr(told["status"], "value", told["status"])), message=told.get("message") or "")
-        for name, told in details.get("applications", {}).items()
+        AppView(name=name, status=str(getattr(info["status"], "value", info["status"])), message=info.get("message") or "")
+        for name, info in details.get("applications", {}).items()
     )
     replicas: list[tuple[str, ReplicaRecord]] = []
     waits: dict[tuple[str, str], LatencyCounts] = {}
@@ -126,10 +126,10 @@ def _details(missing: list[str]) -> Mapping[str, Any]:
 def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostView]) -> Iterator[str]:
     """Messages about deployments with fewer running replicas than their target, and about running replicas that have not reported."""
     host_of = {host.ip: host.name for host in hosts}
-    for deployment, told in app.get("deployments", {}).items():
-        running = [one for one in told.get("replicas", ()) if str(getattr(one["state"], "value", one["state"])) == "RUNNING"]
-        scales_up = str(getattr(told.get("status"), "value", told.get("status"))) == "UPSCALING"
-        if len(running) < (wanted := told.get("target_num_replicas") or 0) and not scales_up:
+    for deployment, details in app.get("deployments", {}).items():
+        running = [one for one in details.get("replicas", ()) if str(getattr(one["state"], "value", one["state"])) == "RUNNING"]
+        scales_up = str(getattr(details.get("status"), "value", details.get("status"))) == "UPSCALING"
+        if len(running) < (wanted := details.get("target_num_replicas") or 0) and not scales_up:
             yield f"{deployment}: {len(running)} of {wanted} replicas run"
         for replica in running if deployment.startswith("EngineDeployment") else ():
             if replica["replica_id"] not in reported:
@@ -168,6 +168,6 @@ def _samples(notes: tuple[Snapshot, ...], family: str, model: str) -> Iterator[t
     for note in notes:
         for name, samples in note:
             for suffix, labels, value in samples if name == family else ():
-                told = dict(labels)
-                if suffix == "_bucket" and told.get("model_name") == model:
-                    yield float(told["le"]), value
+                label_values = dict(labels)
+                if suffix == "_bucket" and label_values.get("model_name") == model:
+                    yield float(label_values["le"]), value

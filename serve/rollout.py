@@ -70,14 +70,14 @@ def deploy(models: Sequence[ServedModel], config: ServeConfig, *, app: str, on_p
         raise StartError(str(error)) from error
     except RuntimeError as error:
         raise StartError(_why(app, str(error))) from error
-    told = None
+    reported = None
     while (status := _status(app)) is not ApplicationStatus.RUNNING:
         if refused := {refusal.why for refusal in refusals(app).values() if refusal.version == version}:
             raise StartError("\n".join(sorted(refused)))
         if status is ApplicationStatus.DEPLOY_FAILED:
             raise StartError(_why(app, f"Ray Serve could not deploy {app}"))
-        if (slowest := _slowest(app)) not in (None, told):
-            told = slowest
+        if (slowest := _slowest(app)) not in (None, reported):
+            reported = slowest
             on_progress(*slowest)
         time.sleep(POLL_S)
 
@@ -114,7 +114,7 @@ class ReplicaChangeLog:
     """Logs losses, readiness changes and refusals of replicas, each once."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str | None, bool]] = {}
+        self._last: dict[str, tuple[str | None, bool]] = {}
         self._refused: set[str] = set()
 
     def update(self, records: Sequence[ReplicaRecord], refused: Mapping[str, Refusal]) -> None:
@@ -124,9 +124,9 @@ class ReplicaChangeLog:
                 logger.error("replica %s cannot start where it was placed: %s", replica, refusal.why)
         self._refused = {refusal.why for refusal in refused.values()}  # of this call only: a repeated refusal is in every call
         for record in records:
-            last_loss, ready = self._told.get(record.id, (None, True))
+            last_loss, ready = self._last.get(record.id, (None, True))
             if record.last_loss is not None and record.last_loss != last_loss:
                 logger.error("replica %s: %s", record.id, record.last_loss)
             if record.ready != ready:
                 logger.warning("replica %s is %s", record.id, "ready again" if record.ready else f"not ready: {record.reason}")
-            self._told[record.id] = (record.last_loss, record.ready)
+            self._last[record.id] = (record.last_loss, record.ready)

@@ -112,12 +112,12 @@ def progress_of(total: int) -> Iterator[Callable[[int, int], None]]:
 
 
 def _lines(total: int) -> Callable[[int, int], None]:
-    said = 0
+    last_tenth = 0
 
     def report(done: int, failed: int) -> None:
-        nonlocal said
-        if total and 10 * done // total > said:
-            said = 10 * done // total
+        nonlocal last_tenth
+        if total and 10 * done // total > last_tenth:
+            last_tenth = 10 * done // total
             typer.echo(f"{done} of {total} done, {failed} failed", err=True)
 
     return report

@@ -92,7 +92,7 @@ class Conversation:
     model: str | None
     system: str | None
     options: dict[str, Any]
-    said: list[dict[str, str]] = field(default_factory=list)
+    history: list[dict[str, str]] = field(default_factory=list)
     begun: bool = False
     """Whether the latest answer has begun."""
 
@@ -105,7 +105,7 @@ class Conversation:
         question = {"role": "user", "content": prompt}
         opening = [{"role": "system", "content": self.system}] if self.system else []
         whole, self.begun = True, False
-        with self.client.chat.stream(messages=[*opening, *self.said, question], model=self.model, **self.options) as stream:
+        with self.client.chat.stream(messages=[*opening, *self.history, question], model=self.model, **self.options) as stream:
             try:
                 for delta in stream:
                     print(delta.text, end="", flush=True)
@@ -120,11 +120,11 @@ class Conversation:
             answer = stream.text
         print(flush=True)
         if answer:
-            self.said += [question, {"role": "assistant", "content": answer}]
+            self.history += [question, {"role": "assistant", "content": answer}]
         return whole
 
     def reset(self) -> None:
-        self.said.clear()
+        self.history.clear()
 
 
 def converse(conversation: Conversation) -> None:

@@ -64,8 +64,8 @@ def doctor(
     names_a_model = given["model.source"][1] is not None or file is not None
     surveys = [_examine(one, names_a_model, address, checkpoint_only) for one in config.each_model()]
     if as_json:
-        told = [dataclasses.asdict(survey) for survey in surveys]
-        typer.echo(json.dumps(told if config.models else told[0], indent=2))
+        reports = [dataclasses.asdict(survey) for survey in surveys]
+        typer.echo(json.dumps(reports if config.models else reports[0], indent=2))
     else:
         for survey in surveys:
             _show(survey)
@@ -168,8 +168,8 @@ def paragraph(finding: "Finding", width: int) -> list[str]:
     from serve.terminal import wrapped
 
     where = f" on {finding.host}" if finding.host else ""
-    said = [f"{finding.check}{where}: {finding.found}", *([f"-> {finding.todo}"] if finding.todo else [])]
-    lines = [line for sentence in said for line in wrapped(sentence, width - INDENT, then="   " if sentence.startswith("-> ") else "")]
+    sentences = [f"{finding.check}{where}: {finding.found}", *([f"-> {finding.todo}"] if finding.todo else [])]
+    lines = [line for sentence in sentences for line in wrapped(sentence, width - INDENT, then="   " if sentence.startswith("-> ") else "")]
     margins = [finding.severity, *[""] * (len(lines) - 1)]
     return [f"{margin:<{INDENT}}{line}" for margin, line in zip(margins, lines, strict=True)]
 

@@ -51,8 +51,8 @@ class CommandWithFlagHints(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             if type(error).__name__ == "NoSuchOption":  # click's class, or the one in typer's vendored copy of click
-                told: Any = error
-                help = HINTS.get(told.option_name, "" if told.possibilities else ANY_SETTING)
+                no_such_option: Any = error
+                help = HINTS.get(no_such_option.option_name, "" if no_such_option.possibilities else ANY_SETTING)
                 if help:
-                    told.message, told.possibilities = f"{told.message.rstrip('.')}; {help}", None
+                    no_such_option.message, no_such_option.possibilities = f"{no_such_option.message.rstrip('.')}; {help}", None
             raise
