@@ -56,7 +56,7 @@ def test_more_ranks_than_gpus_are_refused_with_what_would_do() -> None:
         DeviceError, match=r"needs 4 GPUs, and there are 2: use fewer ranks .*--set runner.device=cpu.*--set resources.gpus=1"
     ):
         decided(settings(parallel={"tensor": 2}), settings(parallel={"tensor": 2}), num_gpus=2)
-    with pytest.raises(DeviceError, match="wants 3 GPUs"):  # what one model was told to take the other cannot have
+    with pytest.raises(DeviceError, match="needs 3 GPUs"):  # what one model was told to take the other cannot have
         decided(settings(resources={"gpus": 2}), settings(), num_gpus=2)
     with pytest.raises(DeviceError, match="no host has a GPU"):
         decided(settings(runner={"device": "cuda"}), num_gpus=0)
@@ -65,7 +65,7 @@ def test_more_ranks_than_gpus_are_refused_with_what_would_do() -> None:
 def test_replicas_beyond_the_fewest_may_wait_for_hosts() -> None:
     assert decided(settings(parallel={"tensor": 2}, replicas={"min": 1, "max": 4}), num_gpus=2) == [(1.0, "auto")]
     assert decided(settings(parallel={"tensor": 2}, replicas={"min": 0, "max": 4}), num_gpus=2) == [(1.0, "auto")]
-    with pytest.raises(DeviceError, match="wants 4 GPUs"):
+    with pytest.raises(DeviceError, match="needs 4 GPUs"):
         decided(settings(parallel={"tensor": 2}, replicas={"min": 2, "max": 4}), num_gpus=2)
 
 
