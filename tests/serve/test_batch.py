@@ -310,4 +310,4 @@ def test_of_many_failures_the_first_lines_are_named(tmp_path: Path, url: str) ->
 def test_what_is_no_url_is_not_waited_for(tmp_path: Path) -> None:
     done = manta_batch(tmp_path, "localhost:8000", 0)
     assert done.exit_code == 2
-    assert "it is like http://127.0.0.1:8000" in done.output
+    assert "write for example http://127.0.0.1:8000" in done.output
