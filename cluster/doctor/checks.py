@@ -12,9 +12,9 @@ Facts = Sequence[HostFacts]
 Check = Callable[[Facts, Need], Iterator[Finding]]
 
 SEGMENT_BYTES = 12 * MIB
-"""Of /dev/shm for each rank on a CPU: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
+"""/dev/shm for each rank on CPUs: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
 NCCL_SHM_BYTES = 64 * MIB
-"""NCCL's buffers for each rank that shares a host, roughly; with less it fails with "unhandled system error"."""
+"""/dev/shm for NCCL's buffers, roughly, for each rank that shares a host. With less NCCL fails with "unhandled system error"."""
 CLOCK_WARNING_S, CLOCK_FATAL_S = 0.5, 30.0
 """Deadlines are sent as durations and do not depend on clocks, but logs and traces are compared by time, and tokens and certificates
 expire by it."""
@@ -76,7 +76,7 @@ def _launcher(facts: Facts, need: Need) -> Iterator[Finding]:
     for each in _first_of_hosts([each for each in facts if each.triton_launcher_problem and need.device == "cuda"]):
         yield Finding(
             severity=Severity.FATAL, check="compiler", host=each.host, ranks=(each.rank,),
-            found=f"Triton cannot build what it launches kernels by: {each.triton_launcher_problem}",
+            found=f"Triton cannot compile its kernel launcher: {each.triton_launcher_problem}",
             todo="install a C compiler and Python's headers (Debian: gcc libc6-dev libpython3-dev), or take the image for cuda",
         )  # fmt: skip
 

@@ -137,7 +137,8 @@ def _interface(address: str | None) -> InterfaceFacts | None:
 
 
 def _memory_available(cgroup: Path = CGROUP) -> int:
-    """Of this host and its container. `engine.run.host_resources.available_memory_bytes` is stricter; this one may end a start."""
+    """Available memory of this host and its container. Less strict than `engine.run.host_resources.available_memory_bytes`, because it can
+    abort a start."""
     available = int(psutil.virtual_memory().available)
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
