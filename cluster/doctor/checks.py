@@ -12,9 +12,9 @@ Facts = Sequence[HostFacts]
 Check = Callable[[Facts, Need], Iterator[Finding]]
 
 SEGMENT_BYTES = 12 * MIB
-"""/dev/shm for each rank on CPUs: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
+"""Bytes of /dev/shm per rank on CPUs: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
 NCCL_SHM_BYTES = 64 * MIB
-"""/dev/shm for NCCL's buffers, roughly, for each rank that shares a host. With less NCCL fails with "unhandled system error"."""
+"""Bytes of /dev/shm for NCCL's buffers, roughly, for each rank that shares a host. With less NCCL fails with "unhandled system error"."""
 CLOCK_WARNING_S, CLOCK_FATAL_S = 0.5, 30.0
 """Deadlines are sent as durations and do not depend on clocks, but logs and traces are compared by time, and tokens and certificates
 expire by it."""

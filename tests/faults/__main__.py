@@ -1,9 +1,9 @@
 """The fault suite: `python -m tests.faults [--faults a,b | --sweep | --pairs | --hosts] [--runs 20 | --missing 20 --seconds 450]
 [--results FILE]`.
 
-One server is up for all runs: that it is whole again after each is a part of what is shown. Every run is a line of the results;
-`python -m tests.faults.report FILE... > docs/faults.md` makes the table of them. With ``--missing`` the results say which fault has
-the fewest runs and comes next, so that any number of short sessions add up to so many runs of each.
+All runs use one server, so each also shows that the server has recovered from the one before. Every run adds a line to the results;
+`python -m tests.faults.report FILE... > docs/faults.md` makes a table of them. With ``--missing`` the fault with the fewest runs in the
+results comes next, so that many short sessions add up to the same number of runs of each fault.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from tests.faults.catalogue import FAULTS
 from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.host_server import hosts_under_test
 from tests.faults.pairs import PAIRS
-from tests.faults.run import Goldens, one_run
+from tests.faults.run import GoldenAnswers, one_run
 from tests.faults.server import Victims, server_under_test
 from tests.faults.sweep import SWEPT
 
 MOST_TRIES = 3
-"""For one run that strikes. Where nobody ever comes (a rank loads once, so no failpoint there is hit a second time) it is given up."""
+"""Tries for one run whose fault hits something. A failpoint that is never reached often enough (a rank loads only once) is given up."""
 
 
 async def run_all(victims: Victims, turns: Iterator[tuple[str, int]], results: Path, ends_at: float) -> int:
-    """How many runs broke a promise."""
-    goldens, num_wrong = Goldens(), 0
-    await victims.until_whole()
+    """Run all; returns the number of runs with violations."""
+    goldens, num_wrong = GoldenAnswers(), 0
+    await victims.wait_until_recovered()
     await goldens.learn(victims)
     for name, seed in turns:
         if (begun := time.monotonic()) > ends_at:
@@ -56,12 +56,12 @@ async def run_all(victims: Victims, turns: Iterator[tuple[str, int]], results: P
 
 
 def in_rounds(names: Sequence[str], seeds: range) -> Iterator[tuple[str, int]]:
-    """Every fault once, then again: whenever it is stopped all have been tried about as often."""
+    """Every fault once, then again, so that all have about as many runs whenever the suite is stopped."""
     return ((name, seed) for seed in seeds for name in names)
 
 
-def the_rarest(names: Sequence[str], wanted: int, results: Path) -> Iterator[tuple[str, int]]:
-    """The fault that has the fewest runs, and the seed after its last, until each has ``wanted``. One that did not strike is no run."""
+def rarest_first(names: Sequence[str], wanted: int, results: Path) -> Iterator[tuple[str, int]]:
+    """Repeatedly the fault with the fewest runs, and the seed after its last, until each has ``wanted`` runs whose fault hit something."""
     last, turns = Counter[str](), Counter[str]()
     while True:
         told = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -94,7 +94,7 @@ def main() -> None:
     known, under_test = (HOST_FAULTS, hosts_under_test) if given.hosts else (on_one_host, server_under_test)
     names = given.faults.split(",") if given.faults else list(known)
     seeds = range(given.first_seed, given.first_seed + given.runs)
-    turns = in_rounds(names, seeds) if given.missing is None else the_rarest(names, given.missing, given.results)
+    turns = in_rounds(names, seeds) if given.missing is None else rarest_first(names, given.missing, given.results)
     if (first := next(turns, None)) is None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the server is ended on the way out

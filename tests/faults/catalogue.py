@@ -1,4 +1,4 @@
-"""The faults: who is hurt, how, what clients may see of it, and what it takes to be whole again."""
+"""The faults: which process is hit, how, what clients may see of it, and what ends the fault."""
 
 import asyncio
 import contextlib
@@ -18,45 +18,45 @@ from tests.faults.side_requests import SideRequests
 
 MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
 FRONT_LOST = frozenset({"503 unavailable"})
-"""Before an answer began."""
+"""Allowed before an answer has begun."""
 THAWED_AFTER_S = 6.0
-"""Twice as long as it takes that a frozen replica is given up."""
-AWHILE_S = 4.0
-"""How long what passes by itself lasts: longer than the streams would take, and than a replica may be silent."""
+"""Twice the time after which a frozen replica is given up."""
+TEMPORARY_S = 4.0
+"""Duration of temporary faults: longer than the streams take, and than a replica may be silent."""
 
 
 @dataclass
-class Harm:
-    """What has been done."""
+class Injected:
+    """What a fault has done."""
 
     gone: frozenset[int] = frozenset()
-    """Processes that cannot be a part of a whole server any more."""
+    """Pids of processes that must not be part of the recovered server."""
     undo: Callable[[], Awaitable[None]] | None = None
-    """What ends the fault, run beside the streams; a server is not whole before."""
+    """Ends the fault; runs while the streams do. The server has not recovered before it is done."""
     points: tuple[str, ...] = ()
-    """Failpoints that were armed, and are disarmed in the end."""
+    """Failpoints that were armed; they are disarmed at the end of the run."""
     lost: list[str] | None = None
-    """A failpoint for each message that was lost, where that is the fault."""
+    """If the fault is the loss of messages: the failpoint of each message that was lost."""
 
 
-Inject = Callable[[Victims, random.Random], Awaitable[Harm]]
+Inject = Callable[[Victims, random.Random], Awaitable[Injected]]
 
 
 @dataclass(frozen=True)
 class Fault:
     name: str
-    says: str
+    description: str
     inject: Inject
     tier: int = 1
-    """1: no client sees it. 2: the process that holds clients' sockets is hurt, a stream may break but not end falsely."""
+    """1: no client may see it. 2: it hits the process that holds the clients' sockets; streams may break off, but not look complete."""
     may_fail: frozenset[str] = frozenset()
-    """Typed errors that a stream may end with."""
-    beside: SideRequests | None = None
-    """Requests that come beside the streams."""
+    """Typed errors with which a stream may end."""
+    side_requests: SideRequests | None = None
+    """Additional requests that run beside the streams."""
     clients_leave: bool = False
-    """Half of the streams' clients go away in the midst of them."""
+    """Half of the clients disconnect in the middle of their streams."""
     keeps_coming: bool = False
-    """New streams are asked for until the fault is undone."""
+    """New streams are started until the fault has ended."""
 
 
 def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
@@ -75,19 +75,19 @@ def one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Pro
 
 
 def _killing(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
-        return Harm(gone=kill([one_of(find(victims), chance)]))
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
+        return Injected(gone=kill([one_of(find(victims), chance)]))
 
     return inject
 
 
-async def _rank_frozen(victims: Victims, chance: random.Random) -> Harm:
+async def _rank_frozen(victims: Victims, chance: random.Random) -> Injected:
     victim = one_of(victims.ranks(), chance)
     victim.suspend()
-    return Harm(gone=frozenset({victim.pid}))
+    return Injected(gone=frozenset({victim.pid}))
 
 
-async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
+async def _replica_frozen(victims: Victims, chance: random.Random) -> Injected:
     victim = one_of(victims.replicas(), chance)
     victim.suspend()
 
@@ -96,16 +96,16 @@ async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.resume()
 
-    return Harm(undo=thaw)
+    return Injected(undo=thaw)
 
 
-async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
-    """It has a tenth of the time that it would have, for a while."""
+async def _rank_slow(victims: Victims, chance: random.Random) -> Injected:
+    """A rank gets a tenth of its CPU time for `TEMPORARY_S`."""
     victim = one_of(victims.ranks(), chance)
 
     async def slow_down() -> None:
         loop = asyncio.get_running_loop()
-        until = loop.time() + AWHILE_S
+        until = loop.time() + TEMPORARY_S
         with contextlib.suppress(psutil.NoSuchProcess):
             while loop.time() < until:
                 victim.suspend()
@@ -113,27 +113,27 @@ async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
                 victim.resume()
                 await asyncio.sleep(0.01)
 
-    return Harm(undo=slow_down)
+    return Injected(undo=slow_down)
 
 
-async def _two_faults(victims: Victims, chance: random.Random) -> Harm:
-    """A rank is killed, and within two seconds whatever else computes: a rank of either replica, or a replica."""
+async def _two_faults(victims: Victims, chance: random.Random) -> Injected:
+    """A rank is killed, and within two seconds another rank of either replica, or a replica."""
     first = kill([one_of(victims.ranks(), chance)])
     await asyncio.sleep(chance.uniform(0.05, 2.0))
     others = [process for process in victims.ranks() + victims.replicas() if process.pid not in first]
-    return Harm(gone=first | (kill([chance.choice(others)]) if others else frozenset()))
+    return Injected(gone=first | (kill([chance.choice(others)]) if others else frozenset()))
 
 
-async def _all_ranks(victims: Victims, chance: random.Random) -> Harm:
-    return Harm(gone=kill(victims.ranks()))
+async def _all_ranks(victims: Victims, chance: random.Random) -> Injected:
+    return Injected(gone=kill(victims.ranks()))
 
 
-async def _replica_and_front(victims: Victims, chance: random.Random) -> Harm:
-    return Harm(gone=kill([one_of(victims.replicas(), chance), one_of(victims.fronts(), chance)]))
+async def _replica_and_front(victims: Victims, chance: random.Random) -> Injected:
+    return Injected(gone=kill([one_of(victims.replicas(), chance), one_of(victims.fronts(), chance)]))
 
 
-async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
-    """Where Ray has its logs and sockets, for a while."""
+async def _disk_full(victims: Victims, chance: random.Random) -> Injected:
+    """The disk with Ray's logs and sockets is full for `TEMPORARY_S`."""
     if victims.disk is None:
         raise AssertionError("this user cannot mount a disk that may be filled")
     filler = victims.disk / "filler"
@@ -143,54 +143,54 @@ async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
     assert os.statvfs(victims.disk).f_bavail < 512
 
     async def free() -> None:
-        await asyncio.sleep(AWHILE_S)
+        await asyncio.sleep(TEMPORARY_S)
         filler.unlink()
 
-    return Harm(undo=free)
+    return Injected(undo=free)
 
 
-async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
-    """A front or the proxy can open nothing more, for a while. The proxy's event loop (libuv) then takes connections only to close them, so
-    that who comes at that moment is cut off before an answer began; what is under way goes on."""
+async def _no_descriptors(victims: Victims, chance: random.Random) -> Injected:
+    """A front or the proxy has no free file descriptor for `TEMPORARY_S`. The proxy's event loop (libuv) then accepts connections only to
+    close them, so clients that connect at that time are cut off before an answer begins; running streams go on."""
     victim = one_of(victims.fronts() + victims.proxies(), chance)
     soft, hard = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (victim.num_fds(), hard))
 
     async def give_back() -> None:
-        await asyncio.sleep(AWHILE_S)
+        await asyncio.sleep(TEMPORARY_S)
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
-    return Harm(undo=give_back)
+    return Injected(undo=give_back)
 
 
 def _frozen_awhile(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
         victim = one_of(find(victims), chance)
         victim.send_signal(signal.SIGSTOP)
 
         async def thaw() -> None:
-            await asyncio.sleep(AWHILE_S)
+            await asyncio.sleep(TEMPORARY_S)
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGCONT)
 
-        return Harm(undo=thaw)
+        return Injected(undo=thaw)
 
     return inject
 
 
 def _failing(point: str, *failures: Failure) -> Inject:
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
         arm(victims.failpoints, point, chance.choice(failures))
-        return Harm(points=(point,))
+        return Injected(points=(point,))
 
     return inject
 
 
 def _lost_messages(count: int, *points: str) -> Inject:
-    """Messages between fronts and replicas are lost, one after the other within two seconds."""
+    """``count`` messages between fronts and replicas are lost within two seconds, one after the other."""
 
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
         point, lost = chance.choice(points), list[str]()
 
         async def lose() -> None:
@@ -200,15 +200,15 @@ def _lost_messages(count: int, *points: str) -> Inject:
                 if not disarm(victims.failpoints, point):
                     lost.append(point)
 
-        return Harm(undo=lose, points=(point,), lost=lost)
+        return Injected(undo=lose, points=(point,), lost=lost)
 
     return inject
 
 
 def _cut(*points: str) -> Inject:
-    """A replica is heard no more, or hears no more, for some seconds; the other way nothing is lost."""
+    """All messages of a replica in one direction are lost for 6 s; none in the other direction."""
 
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
         point, victim, lost = chance.choice(points), one_of(victims.replicas(), chance), list[str]()
         arm(victims.failpoints, point, Failure(action="drop", pid=victim.pid))
 
@@ -218,21 +218,21 @@ def _cut(*points: str) -> Inject:
             if has_fired(victims.failpoints, point):
                 lost.append(point)
 
-        return Harm(undo=mend, points=(point,), lost=lost)
+        return Injected(undo=mend, points=(point,), lost=lost)
 
     return inject
 
 
-async def _nothing(victims: Victims, chance: random.Random) -> Harm:
-    return Harm()
+async def _nothing(victims: Victims, chance: random.Random) -> Injected:
+    return Injected()
 
 
 @dataclass
 class Catalogue:
     faults: dict[str, Fault] = field(default_factory=dict)
 
-    def add(self, name: str, says: str, inject: Inject, **more: object) -> None:
-        self.faults[name] = Fault(name, says, inject, **more)  # type: ignore[arg-type]
+    def add(self, name: str, description: str, inject: Inject, **more: object) -> None:
+        self.faults[name] = Fault(name, description, inject, **more)  # type: ignore[arg-type]
 
 
 def catalogue() -> dict[str, Fault]:
@@ -240,14 +240,14 @@ def catalogue() -> dict[str, Fault]:
     it.add("nothing", "no fault (baseline)", _nothing)
     it.add("rank_killed", "a rank is killed", _killing(Victims.ranks))
     it.add("rank_frozen", "a rank is frozen (SIGSTOP) for good", _rank_frozen)
-    it.add("rank_slow", f"a rank is slowed down to a tenth for {AWHILE_S:g} s", _rank_slow)
+    it.add("rank_slow", f"a rank is slowed down to a tenth for {TEMPORARY_S:g} s", _rank_slow)
     it.add("all_ranks_killed", "all ranks of both replicas are killed at once", _all_ranks)
     it.add("replica_killed", "a replica's own process is killed", _killing(Victims.replicas))
     it.add("replica_frozen", f"a replica's own process is frozen for {THAWED_AFTER_S:g} s", _replica_frozen)
     it.add("two_faults", "a rank is killed, and within 2 s another rank or a replica", _two_faults)
     it.add("controller_killed", "Ray Serve's controller is killed", _killing(Victims.controllers))
-    it.add("front_frozen", f"a front is frozen for {AWHILE_S:g} s", _frozen_awhile(Victims.fronts))
-    it.add("proxy_frozen", f"Ray Serve's proxy is frozen for {AWHILE_S:g} s", _frozen_awhile(Victims.proxies))
+    it.add("front_frozen", f"a front is frozen for {TEMPORARY_S:g} s", _frozen_awhile(Victims.fronts))
+    it.add("proxy_frozen", f"Ray Serve's proxy is frozen for {TEMPORARY_S:g} s", _frozen_awhile(Victims.proxies))
     it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2, may_fail=FRONT_LOST)
     it.add("proxy_killed", "Ray Serve's proxy is killed", _killing(Victims.proxies), tier=2)
     it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2, may_fail=FRONT_LOST)
@@ -264,22 +264,25 @@ def catalogue() -> dict[str, Fault]:
     )
     it.add("cut_off", "all messages between a replica and the fronts are lost in one direction for 6 s", _cut("intake.send", "intake.read"))
     it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop"), Failure(action="drop", after=9)))
-    it.add("disk_full", f"the disk with Ray's logs and sockets is full for {AWHILE_S:g} s", _disk_full)
-    it.add("no_descriptors", f"a front or the proxy has no free file descriptors for {AWHILE_S:g} s", _no_descriptors, tier=2)
-    it.add("poison", "an additional request kills every rank that computes it", _nothing, beside=side_requests.poison)
+    it.add("disk_full", f"the disk with Ray's logs and sockets is full for {TEMPORARY_S:g} s", _disk_full)
+    it.add("no_descriptors", f"a front or the proxy has no free file descriptors for {TEMPORARY_S:g} s", _no_descriptors, tier=2)
+    it.add("poison", "an additional request kills every rank that computes it", _nothing, side_requests=side_requests.poison)
     it.add("clients_leave", "half of the clients disconnect midway", _nothing, clients_leave=True)
     it.add(
         "same_key",
         "ten additional requests have the same idempotency key, and a rank is killed",
         _killing(Victims.ranks),
-        beside=side_requests.same_key,
+        side_requests=side_requests.same_key,
     )
-    it.add("deaf_client", "an additional client does not read its stream", _nothing, beside=side_requests.deaf)
+    it.add("deaf_client", "an additional client does not read its stream", _nothing, side_requests=side_requests.deaf)
     it.add(
-        "kv_exhausted", "additional long answers need more than all KV blocks of both replicas", _nothing, beside=side_requests.long_answers
+        "kv_exhausted",
+        "additional long answers need more than all KV blocks of both replicas",
+        _nothing,
+        side_requests=side_requests.long_answers,
     )
-    it.add("long_prompts", "additional prompts fill the model's context", _nothing, beside=side_requests.long_prompts)
-    it.add("many_connections", "1,000 additional connections at once", _nothing, beside=side_requests.crowd)
+    it.add("long_prompts", "additional prompts fill the model's context", _nothing, side_requests=side_requests.long_prompts)
+    it.add("many_connections", "1,000 additional connections at once", _nothing, side_requests=side_requests.crowd)
     return it.faults
 
 

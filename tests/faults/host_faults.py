@@ -1,4 +1,4 @@
-"""The faults of hosts: one is killed, frozen or cut off, or the head is lost and comes back with what Redis kept."""
+"""Faults of hosts: a host is killed, frozen or cut off, or the head is lost and restarted with its state in Redis."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from typing import cast
 
 import psutil
 
-from tests.faults.catalogue import Catalogue, Fault, Harm, Inject, kill
+from tests.faults.catalogue import Catalogue, Fault, Inject, Injected, kill
 from tests.faults.host_server import Host, HostVictims
 from tests.faults.server import BUSY_S, Victims
 from tests.system.network import Cut
@@ -15,7 +15,7 @@ from tests.system.ray_host import has_ended
 from tests.system.server import eventually
 
 SHORT_S, LONG_S = 6.0, 25.0
-"""Shorter and longer than it takes Ray to give up a host (`tests.faults.host_server.FOUND_OUT`)."""
+"""Shorter and longer than Ray takes to give up a host (`tests.faults.host_server.FAST_HEALTH_CHECKS`)."""
 
 HEARS_S = 60.0
 
@@ -25,7 +25,7 @@ def _far(victims: Victims) -> Host:
 
 
 async def _settled(host: Host, away_s: float) -> None:
-    """A host that Ray gave up ends its Ray once it hears so; until then it looks whole, and is not."""
+    """Wait until a host that Ray has given up has ended its Ray, and restart it; until then it only looks healthy."""
     if away_s < LONG_S:
         return
     with contextlib.suppress(AssertionError):  # it was not given up
@@ -33,17 +33,17 @@ async def _settled(host: Host, away_s: float) -> None:
     await asyncio.to_thread(host.supervise)
 
 
-async def _host_killed(victims: Victims, chance: random.Random) -> Harm:
+async def _host_killed(victims: Victims, chance: random.Random) -> Injected:
     host = _far(victims)
 
     async def come_back() -> None:
         await asyncio.sleep(chance.choice((0.0, SHORT_S, LONG_S)))
         await asyncio.to_thread(host.start_anew)
 
-    return Harm(gone=host.kill(), undo=come_back)
+    return Injected(gone=host.kill(), undo=come_back)
 
 
-async def _host_frozen(victims: Victims, chance: random.Random) -> Harm:
+async def _host_frozen(victims: Victims, chance: random.Random) -> Injected:
     frozen = _far(victims).family()
     for process in frozen:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -56,11 +56,11 @@ async def _host_frozen(victims: Victims, chance: random.Random) -> Harm:
                 process.resume()
         await _settled(_far(victims), away_s)
 
-    return Harm(undo=thaw)
+    return Injected(undo=thaw)
 
 
 def _host_cut_off(ways: Cut) -> Inject:
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
         network, place = cast(HostVictims, victims).hosts.network, _far(victims).ray.place
         _far(victims).family()
         network.cut(place, ways)
@@ -70,24 +70,24 @@ def _host_cut_off(ways: Cut) -> Inject:
             network.mend(place, ways)
             await _settled(_far(victims), away_s)
 
-        return Harm(undo=mend)
+        return Injected(undo=mend)
 
     return inject
 
 
-async def _head_killed(victims: Victims, chance: random.Random) -> Harm:
-    """Once it is back a rank is killed: that another one is started shows that Ray is whole."""
+async def _head_killed(victims: Victims, chance: random.Random) -> Injected:
+    """After the head is back, a rank is killed: that a new one is started shows that Ray works."""
     head = cast(HostVictims, victims).hosts.head
-    harm = Harm(gone=head.kill())
+    injected = Injected(gone=head.kill())
 
     async def come_back() -> None:
         await asyncio.sleep(chance.choice((0.0, SHORT_S, LONG_S)))
         await asyncio.to_thread(head.start_anew)
-        await victims.until_whole(harm.gone, BUSY_S)
-        harm.gone |= kill([chance.choice(victims.ranks())])
+        await victims.wait_until_recovered(injected.gone, BUSY_S)
+        injected.gone |= kill([chance.choice(victims.ranks())])
 
-    harm.undo = come_back
-    return harm
+    injected.undo = come_back
+    return injected
 
 
 def host_faults() -> dict[str, Fault]:
@@ -96,10 +96,10 @@ def host_faults() -> dict[str, Fault]:
     it.add("host_killed", f"a host is killed, and restarted at once or after {times}", _host_killed, keeps_coming=True)
     it.add("host_frozen", f"all of a host is frozen for {times}", _host_frozen, keeps_coming=True)
     for ways, name in ((Cut.BOTH, "host_cut_off"), (Cut.TOWARDS, "host_deaf"), (Cut.FROM, "host_mute")):
-        says = f"a host is cut off for {times}: packets {ways.value} are lost"
-        it.add(name, says, _host_cut_off(ways), keeps_coming=True)
-    says = f"the head is killed, and restarted at once or after {times}; then a rank is killed"
-    it.add("head_killed", says, _head_killed, keeps_coming=True)
+        description = f"a host is cut off for {times}: packets {ways.value} are lost"
+        it.add(name, description, _host_cut_off(ways), keeps_coming=True)
+    description = f"the head is killed, and restarted at once or after {times}; then a rank is killed"
+    it.add("head_killed", description, _head_killed, keeps_coming=True)
     return it.faults
 
 

@@ -1,4 +1,4 @@
-"""The server under test on three hosts: a head that only leads, a host with the front and a replica, and one with another replica.
+"""The server under test on three hosts: the head, a host with the front and a replica, and one with another replica.
 
 Each is a network namespace with a Ray of its own, and starts anew when it has ended, as its supervisor would see to.
 """
@@ -34,14 +34,18 @@ http: {{host: 0.0.0.0, port: 8000}}
 grpc: {{host: 0.0.0.0, port: 9000}}
 """
 KEPT_BY_REDIS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
-"""How long Ray's other hosts wait for a head that is away; 60 unless told."""
-FOUND_OUT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "3"}
-"""So that the head gives up a host within some 12 s, not 65."""
+"""How long Ray's other hosts wait for a head that is down; the default is 60 s."""
+FAST_HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Makes the head give up a silent host after about 12 s instead of 65 s."""
 MANTA = (sys.executable, "-m", "serve")
 
 
 class Host:
-    """A place with a Ray that can be started again."""
+    """A host: a network namespace with a Ray that can be restarted."""
 
     def __init__(self, name: str, start: Callable[[], AbstractContextManager[RayHost]]) -> None:
         self.name, self._start, self._stack = name, start, ExitStack()
@@ -49,14 +53,14 @@ class Host:
         self._seen: list[psutil.Process] = []
 
     def family(self) -> list[psutil.Process]:
-        """Everything that runs there. Whoever is seen here is ended with the host, also if its parent has ended before."""
+        """All processes of the host. They are remembered, so that `start_anew` also ends those whose parent has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._seen = [psutil.Process(self.ray.process.pid), *self.ray.descendants]
             return self._seen
         return []
 
     def kill(self) -> frozenset[int]:
-        """As if its power failed: nobody can say goodbye. The processes that were there."""
+        """Kill all processes at once, as a power failure would. Returns their pids."""
         family = self.family()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -65,7 +69,7 @@ class Host:
         return frozenset(process.pid for process in family)
 
     def start_anew(self) -> None:
-        """With nothing left of what was there."""
+        """Restart Ray, with no process of before left."""
         seen = self._seen
         self.kill()
         self.close()
@@ -87,12 +91,12 @@ class Host:
 
 @dataclass
 class Hosts:
-    """What `Victims` knows a server by."""
+    """The three hosts as the server that `Victims` expects."""
 
     network: Network
     head: Host
     near: Host
-    """With the front; clients talk to its proxy."""
+    """The host with the front; clients connect to its proxy."""
     far: Host
 
     url: str = field(init=False)
@@ -127,13 +131,13 @@ class HostVictims(Victims):
 
 @contextlib.contextmanager
 def hosts_under_test(*, keep_logs: Path | None = None) -> Iterator[HostVictims]:
-    """``keep_logs``: where the logs of the hosts' Rays are copied to in the end."""
+    """``keep_logs``: a folder to which the hosts' Ray logs are copied at the end."""
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp")))
         switch = stack.enter_context(network(3))
         led, served, other = switch.places
         redis = stack.enter_context(redis_at(switch.outside.place))
-        own = {"RAY_REDIS_ADDRESS": redis, **KEPT_BY_REDIS, **FOUND_OUT, "OMP_NUM_THREADS": "1"}
+        own = {"RAY_REDIS_ADDRESS": redis, **KEPT_BY_REDIS, **FAST_HEALTH_CHECKS, "OMP_NUM_THREADS": "1"}
         kept = made / "head"
         kept.mkdir()
         if keep_logs is not None:
@@ -157,14 +161,14 @@ def hosts_under_test(*, keep_logs: Path | None = None) -> Iterator[HostVictims]:
 
 
 def _keep_logs(kept: Path, folder: Path) -> None:
-    """Hosts log where the head told them; a head that was started anew has another folder."""
+    """Copy the logs. All hosts log to a folder that the head chooses; a restarted head chooses another one."""
     for number, logs in enumerate(sorted(kept.glob("ray*/session_2*/logs"))):
         shutil.copytree(logs, folder / str(number), dirs_exist_ok=True, ignore_dangling_symlinks=True)
 
 
 @contextlib.contextmanager
 def redis_at(place: Place) -> Iterator[str]:
-    """host:port of a Redis that keeps nothing beyond this."""
+    """host:port of a Redis without persistence."""
     with tempfile.TemporaryDirectory(prefix="rd-", dir="/tmp") as folder:
         command = ["redis-server", "--bind", place.ip, "--port", str(REDIS), "--dir", folder, "--save", "", "--protected-mode", "no"]
         with subprocess.Popen([*place.prefix(), *command], stdout=subprocess.DEVNULL) as process:

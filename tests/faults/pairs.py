@@ -1,4 +1,4 @@
-"""Two faults of different kinds at once: what recovers from one may need what the other has hurt."""
+"""Two faults of different kinds at once: recovery from one may need what the other has damaged."""
 
 import asyncio
 import contextlib
@@ -7,10 +7,10 @@ import resource
 
 import psutil
 
-from tests.faults.catalogue import FAULTS, Fault, Harm, Inject, kill, one_of
+from tests.faults.catalogue import FAULTS, Fault, Inject, Injected, kill, one_of
 from tests.faults.server import Victims
 
-TOGETHER = (
+PAIRED = (
     ("controller_killed", "replica_killed"),
     ("controller_killed", "all_ranks_killed"),
     ("controller_killed", "front_killed"),
@@ -28,38 +28,38 @@ TOGETHER = (
     ("cut_off", "rank_killed"),
     ("nan", "rank_killed"),
 )
-"""Not a step that raises and a replica that is killed: a request that was there both times, and then at three attempts without a token, is
-failed as poisoned, as it should be."""
+"""A step that raises together with a killed replica is left out: a request that is present at both, and then makes three attempts without a
+token, rightly fails as poisoned."""
 STARVED_S = 12.0
-"""Longer than a replica takes to be replaced."""
+"""Longer than the replacement of a replica takes."""
 
 
 def both(first: Fault, second: Fault) -> Fault:
-    async def inject(victims: Victims, chance: random.Random) -> Harm:
-        harms = [await fault.inject(victims, chance) for fault in (first, second)]
-        undos = [harm.undo for harm in harms if harm.undo is not None]
+    async def inject(victims: Victims, chance: random.Random) -> Injected:
+        injected_faults = [await fault.inject(victims, chance) for fault in (first, second)]
+        undos = [injected.undo for injected in injected_faults if injected.undo is not None]
 
         async def undo() -> None:
             await asyncio.gather(*(each() for each in undos))
 
-        return Harm(
-            gone=harms[0].gone | harms[1].gone,
+        return Injected(
+            gone=injected_faults[0].gone | injected_faults[1].gone,
             undo=undo if undos else None,
-            points=harms[0].points + harms[1].points,
-            lost=next((harm.lost for harm in harms if harm.lost is not None), None),
+            points=injected_faults[0].points + injected_faults[1].points,
+            lost=next((injected.lost for injected in injected_faults if injected.lost is not None), None),
         )
 
     return Fault(
         f"{first.name}+{second.name}",
-        f"{first.says}, and {second.says}",
+        f"{first.description}, and {second.description}",
         inject,
         tier=max(first.tier, second.tier),
         may_fail=first.may_fail | second.may_fail,
     )
 
 
-async def _few_descriptors(victims: Victims, chance: random.Random) -> Harm:
-    """A front has so few left when it is to meet a new replica that some of what it opens finds none, and some does."""
+async def _few_descriptors(victims: Victims, chance: random.Random) -> Injected:
+    """A front has so few free file descriptors that connecting to a new replica partly fails."""
     front, replica = one_of(victims.fronts(), chance), one_of(victims.replicas(), chance)
     soft, hard = resource.prlimit(front.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(front.pid, resource.RLIMIT_NOFILE, (front.num_fds() + chance.randint(1, 9), hard))
@@ -70,11 +70,11 @@ async def _few_descriptors(victims: Victims, chance: random.Random) -> Harm:
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             resource.prlimit(front.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
-    return Harm(gone=kill([replica]), undo=give_back)
+    return Injected(gone=kill([replica]), undo=give_back)
 
 
 def _directory_and(inject: Inject) -> Inject:
-    async def both_killed(victims: Victims, chance: random.Random) -> Harm:
+    async def both_killed(victims: Victims, chance: random.Random) -> Injected:
         kill(victims.named("ray::Register"))
         return await inject(victims, chance)
 
@@ -82,12 +82,14 @@ def _directory_and(inject: Inject) -> Inject:
 
 
 def _pairs() -> dict[str, Fault]:
-    pairs = [both(FAULTS[first], FAULTS[second]) for first, second in TOGETHER]
+    pairs = [both(FAULTS[first], FAULTS[second]) for first, second in PAIRED]
     pairs.append(
         Fault("few_descriptors+replica_killed", "a front has hardly a file descriptor left, and a replica is killed", _few_descriptors)
     )
     killed = FAULTS["replica_killed"]
-    pairs.append(Fault("directory_killed+replica_killed", f"the directory is killed, and {killed.says}", _directory_and(killed.inject)))
+    pairs.append(
+        Fault("directory_killed+replica_killed", f"the directory is killed, and {killed.description}", _directory_and(killed.inject))
+    )
     return {fault.name: fault for fault in pairs}
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/faults.md of the lines that `python -m tests.faults` wrote: `python -m tests.faults.report FILE... > docs/faults.md`."""
+"""Generates docs/faults.md from the results of `python -m tests.faults`: `python -m tests.faults.report FILE... > docs/faults.md`."""
 
 import json
 import statistics
@@ -97,9 +97,9 @@ def table(lines: Iterable[str]) -> str:
         run = json.loads(line)
         runs[run["fault"]].append(run)
     told = [HEAD, _all_in_all([run for name in KNOWN for run in runs[name]]), "", "## By fault", "", *COLUMNS]
-    told += [_row(FAULTS[name].says, f"T{FAULTS[name].tier}", runs[name]) for name in FAULTS if runs[name]]
+    told += [_row(FAULTS[name].description, f"T{FAULTS[name].tier}", runs[name]) for name in FAULTS if runs[name]]
     if hosts := [name for name in HOST_FAULTS if runs[name]]:
-        told += [HOSTS, *COLUMNS, *(_row(HOST_FAULTS[name].says, f"T{HOST_FAULTS[name].tier}", runs[name]) for name in hosts)]
+        told += [HOSTS, *COLUMNS, *(_row(HOST_FAULTS[name].description, f"T{HOST_FAULTS[name].tier}", runs[name]) for name in hosts)]
     return "\n".join(told) + "\n" + _swept_part({name: runs[name] for name in SWEPT if runs[name]})
 
 
@@ -140,15 +140,15 @@ def _all_in_all(runs: list[dict[str, Any]]) -> str:
     )
 
 
-def _row(says_it: str, tier: str, runs: list[dict[str, Any]]) -> str:
+def _row(description: str, tier: str, runs: list[dict[str, Any]]) -> str:
     times = [run["recovery_s"] for run in runs]
     whole = f"{statistics.median(times):.1f} s, {max(times):.1f} s"
-    return f"| {says_it} | {tier} | {len(runs)} | {_counts(runs)} | {_sum(runs, 'resumed')} | {_pause(runs)} | {whole} |"
+    return f"| {description} | {tier} | {len(runs)} | {_counts(runs)} | {_sum(runs, 'resumed')} | {_pause(runs)} | {whole} |"
 
 
 def _swept_row(point: str, names: list[str], runs: list[dict[str, Any]]) -> str:
-    what = Counter(SWEPT[run["fault"]].says for run in runs)
-    done = ", ".join(f"{says_it} ({count})" for says_it, count in what.items())
+    what = Counter(SWEPT[run["fault"]].description for run in runs)
+    done = ", ".join(f"{description} ({count})" for description, count in what.items())
     ends = Counter[str]()
     for run in runs:
         for end, count in run["ends"].items():

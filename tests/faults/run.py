@@ -1,4 +1,4 @@
-"""One run: streams, a fault in the midst of them, and what is to be said of it afterwards."""
+"""One run: start the streams, inject the fault, wait for recovery, and compare the streams with undisturbed ones."""
 
 import asyncio
 import contextlib
@@ -10,45 +10,45 @@ from dataclasses import dataclass, field
 
 from engine.failpoints import disarm
 from serve.deployment import METRICS_EVERY_S
-from tests.faults.catalogue import Fault, Harm
+from tests.faults.catalogue import Fault, Injected
 from tests.faults.server import Victims
 from tests.faults.streams import ASKS, Ask, Seen, follow, golden_of
 from tests.history import LOGPROB_TOLERANCE, Golden, History, violations
 
 MOMENTS = ("first", "second", "middle", "last")
 NEXT_AFTER_S = 0.5
-"""Between streams that keep coming."""
+"""Time between the additional streams of faults with `keeps_coming`."""
 STREAMS_END_S = 240.0
 COUNTED_S = METRICS_EVERY_S + 0.2
-"""After the last stream: until every front has told the others what it counted."""
+"""Wait after the last stream, until the fronts have exchanged their counters."""
 
 
 @dataclass
 class Run:
-    """What came of one."""
+    """The result of one run: a line of the results file."""
 
     fault: str
     seed: int
     streams: int = 0
     complete: int = 0
     lost: int = 0
-    """Streams that did not come to their whole end, and did not leave."""
+    """Streams without a complete end whose clients did not disconnect."""
     wrong: list[str] = field(default_factory=list)
-    """Broken promises."""
+    """Violations."""
     fired: bool = True
-    """Whether the fault struck: a failpoint that nobody came to has shown nothing."""
+    """Whether the fault hit anything. A failpoint that no process reached proves nothing."""
     resumed: int = 0
     pauses_s: list[float] = field(default_factory=list)
     struck_s: float = 0.0
-    """From the run's beginning to the fault."""
+    """Seconds from the start of the run to the fault."""
     recovery_s: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
     logprobs_within: float = LOGPROB_TOLERANCE
     day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
-class Goldens:
-    """Undisturbed answers, made once for a server and asked for twice to see that they are."""
+class GoldenAnswers:
+    """The answers of undisturbed streams. They are requested twice, to check that they are reproducible."""
 
     def __init__(self) -> None:
         self._known: dict[Ask, Golden] = {}
@@ -65,25 +65,25 @@ class Goldens:
         return self._known[ask]
 
 
-async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -> Run:
+async def one_run(victims: Victims, fault: Fault, seed: int, goldens: GoldenAnswers) -> Run:
     chance = random.Random(f"{fault.name} {seed}")
     run, asked = Run(fault.name, seed), time.monotonic()
     before = await victims.resumed()
     seen = [Seen(ask, History(f"{ask.name} ({fault.name}, seed {seed})")) for ask in ASKS]
     moment, marked = asyncio.Event(), chance.choice(seen)
-    _tell_at(marked, chance.choice(MOMENTS), goldens[marked.ask].num_tokens, moment)
+    _set_event_at(marked, chance.choice(MOMENTS), goldens[marked.ask].num_tokens, moment)
     tasks = [asyncio.create_task(follow(victims.url, victims.target, one, delay_s=chance.uniform(0, 0.3))) for one in seen]
     leaving = _leaving(seen, tasks, chance) if fault.clients_leave else set()
-    if not fault.clients_leave:  # the one whose tokens are counted may be among them
+    if not fault.clients_leave:  # the stream whose tokens are counted may be among those that leave
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(60):
                 await moment.wait()
     begun = time.monotonic()
     run.struck_s = begun - asked
     some_run = any(not one.history.ends for one in seen)
-    harm = await fault.inject(victims, chance)
-    ended_by = asyncio.ensure_future(harm.undo()) if harm.undo else None
-    beside = asyncio.ensure_future(fault.beside(victims, seed)) if fault.beside else None
+    injected = await fault.inject(victims, chance)
+    ended_by = asyncio.ensure_future(injected.undo()) if injected.undo else None
+    beside = asyncio.ensure_future(fault.side_requests(victims, seed)) if fault.side_requests else None
     if fault.keeps_coming and ended_by is not None:
         await _keep_asking(victims, fault, seed, seen, tasks, until=ended_by)
     _, late = await asyncio.wait(tasks, timeout=STREAMS_END_S)
@@ -99,14 +99,14 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     if beside is not None:
         try:
             run.wrong += await beside
-        except Exception as error:  # a run that cannot be told goes on being one, and the next may begin
+        except Exception as error:  # record it as a violation and go on with the next run
             run.wrong.append(f"the requests beside: {type(error).__name__}: {error}")
-    await _become_whole(victims, harm, run, begun)
+    await _wait_for_recovery(victims, injected, run, begun)
     run.fired &= some_run
     run.wrong += [f"{one.ask.name}: no end within {STREAMS_END_S:g} s" for one, task in zip(seen, tasks, strict=True) if task in late]
     for one in seen:
         _judge(one, fault, goldens[one.ask], run, left=one in leaving)
-    run.wrong += await victims.at_rest()
+    run.wrong += await victims.leftovers()
     await asyncio.sleep(max(0.0, ended + COUNTED_S - time.monotonic()))
     run.resumed = max(0, await victims.resumed() - before)
     return run
@@ -124,7 +124,7 @@ async def _keep_asking(
         await asyncio.wait([until], timeout=NEXT_AFTER_S)
 
 
-def _tell_at(marked: Seen, when: str, num_tokens: int, moment: asyncio.Event) -> None:
+def _set_event_at(marked: Seen, when: str, num_tokens: int, moment: asyncio.Event) -> None:
     at = {"first": 1, "second": 2, "middle": num_tokens // 2, "last": num_tokens - 1}[when]
 
     def on_token(count: int) -> None:
@@ -135,7 +135,7 @@ def _tell_at(marked: Seen, when: str, num_tokens: int, moment: asyncio.Event) ->
 
 
 def _leaving(seen: list[Seen], tasks: "list[asyncio.Task[None]]", chance: random.Random) -> "set[Seen]":
-    """Half of the clients, each after some number of tokens; before the first of them too."""
+    """Have half of the clients disconnect after some number of tokens, maybe 0. Returns their streams."""
     chosen = chance.sample(range(len(seen)), len(seen) // 2)
 
     def leave_at(number: int, count: int) -> None:
@@ -153,11 +153,11 @@ def _leaving(seen: list[Seen], tasks: "list[asyncio.Task[None]]", chance: random
     return {seen[number] for number in chosen}
 
 
-async def _become_whole(victims: Victims, harm: Harm, run: Run, begun: float) -> None:
-    armed = [point for point in harm.points if disarm(victims.failpoints, point)]
-    run.fired = not armed if harm.lost is None else bool(harm.lost)
+async def _wait_for_recovery(victims: Victims, injected: Injected, run: Run, begun: float) -> None:
+    armed = [point for point in injected.points if disarm(victims.failpoints, point)]
+    run.fired = not armed if injected.lost is None else bool(injected.lost)
     try:
-        await victims.until_whole(harm.gone)
+        await victims.wait_until_recovered(injected.gone)
     except AssertionError as error:
         run.wrong.append(str(error))
     run.recovery_s = time.monotonic() - begun

@@ -1,4 +1,4 @@
-"""The server under test: two replicas of two ranks each, two fronts; who is who among its processes, and whether it is whole."""
+"""The server under test: two replicas of two ranks each, two fronts; finds its processes, and checks whether it has recovered."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from tests.system.server import serving
 from tests.system.tiny_model import write_tiny
 
 BUSY_S = 240.0
-"""Whatever has not come back by then will not."""
+"""Timeout for the recovery."""
 SETTINGS = """
 model: {{source: {folder}, name: tiny}}
 parallel: {{tensor: 2}}
@@ -37,16 +37,16 @@ replica: {step_timeout_s: 8, freeze_timeout_s: 1.5, progress_timeout_s: 3, canar
   restart_backoff_s: 0.0}
 router: {stall_timeout_s: 5, replica_silence_s: 3, max_resumes: 1000000, ready_wait_s: 120, quarantine_s: 5}
 """
-"""Limits of time are short, as what they wait for takes milliseconds here."""
+"""The timeouts are short, because what they wait for takes milliseconds here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a whole server consists of."""
+    """The processes of a complete server."""
 
     replicas: int
     ranks: int
-    """Of each replica."""
+    """Ranks of each replica."""
     fronts: int
     proxies: int
 
@@ -55,7 +55,7 @@ ONE_HOST = Shape(replicas=2, ranks=2, fronts=2, proxies=1)
 
 
 class Running(Protocol):
-    """A server that was started; `tests.system.server.Server` is one."""
+    """A started server, such as `tests.system.server.Server`."""
 
     @property
     def url(self) -> str: ...
@@ -69,12 +69,12 @@ class Running(Protocol):
 
 @dataclass
 class Victims:
-    """A running server, its processes by their parts, and a folder where its failpoints are armed."""
+    """A running server: finds its processes by their role, and arms failpoints in a folder."""
 
     server: Running
     failpoints: Path
     disk: Path | None
-    """Where its Ray writes, if that is a small disk of its own."""
+    """Where its Ray writes, if that is a small disk that may be filled."""
     shape: Shape
 
     @property
@@ -109,7 +109,7 @@ class Victims:
         return self.named("ray::ServeController")
 
     async def ask(self, method: str, request: object, timeout_s: float = 5.0) -> object:
-        """Of the admin service."""
+        """Call a method of the admin service."""
         async with grpc.aio.insecure_channel(self.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             return await getattr(admin_pb2_grpc.AdminServiceStub(channel), method)(request, timeout=timeout_s)
 
@@ -118,7 +118,7 @@ class Victims:
         return list(answer.replicas)  # type: ignore[attr-defined]
 
     async def whole(self, gone: frozenset[int] = frozenset()) -> str:
-        """What is still missing; empty when every replica makes tokens again, fronts and proxy answer, and ``gone`` is gone."""
+        """What is still missing; empty once all replicas make tokens, fronts and proxy answer, and no process of ``gone`` is left."""
         try:
             records = [record for record in await self.records() if record.state == admin_pb2.REPLICA_STATE_READY]
             async with httpx.AsyncClient(timeout=5) as http:
@@ -137,8 +137,8 @@ class Victims:
             return f"{len(self.fronts())} fronts, {len(self.proxies())} proxies, {len(self.controllers())} controllers"
         return "" if len(self.ranks()) == shape.replicas * shape.ranks else f"{len(self.ranks())} ranks"
 
-    async def until_whole(self, gone: frozenset[int] = frozenset(), within_s: float = BUSY_S) -> float:
-        """Seconds until then. Raises AssertionError."""
+    async def wait_until_recovered(self, gone: frozenset[int] = frozenset(), within_s: float = BUSY_S) -> float:
+        """Wait until `whole` returns nothing; returns the seconds. Raises AssertionError after ``within_s``."""
         loop = asyncio.get_running_loop()
         begun, missing = loop.time(), "?"
         while loop.time() - begun < within_s:
@@ -147,8 +147,8 @@ class Victims:
             await asyncio.sleep(0.2)
         raise AssertionError(f"not whole after {within_s:g} s: {missing}")
 
-    async def at_rest(self, within_s: float = 5.0) -> list[str]:
-        """What is still held after nobody asks any more, if it does not go within a time (contract: G8)."""
+    async def leftovers(self, within_s: float = 5.0) -> list[str]:
+        """KV blocks, choices and requests that are still held ``within_s`` after the last request (contract: G8)."""
         loop = asyncio.get_running_loop()
         begun, held = loop.time(), ["?"]
         while held and loop.time() - begun < within_s + 1.0:  # loads are told once a second
@@ -163,11 +163,11 @@ class Victims:
         return held
 
     async def resumed(self) -> int:
-        """Choices that were continued elsewhere, as the metrics count them; fronts that died take their counts with them."""
+        """Resumed choices, as counted by the metrics; the counts of fronts that died are lost."""
         return await self.counted("manta_resumes_total")
 
     async def counted(self, name: str) -> int:
-        """A counter of the metrics, all its labels together."""
+        """The value of a metrics counter, summed over its labels."""
         try:
             async with httpx.AsyncClient(timeout=5) as http:
                 page = (await http.get(f"{self.url}/metrics")).text
@@ -183,7 +183,7 @@ def _holds(one: admin_pb2.ReplicaLoad) -> bool:
 
 @contextlib.contextmanager
 def server_under_test(*, kv_bytes: int = 1_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
-    """``kv_bytes``: of a rank, by default for some 3,900 tokens. ``keep_logs``: where Ray's logs of it are copied to in the end."""
+    """``kv_bytes``: KV cache of a rank, by default about 3,900 tokens. ``keep_logs``: folder to which Ray's logs are copied at the end."""
     with tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp") as made, _small_disk(Path(made)) as disk:
         place = Path(made)
         failpoints = place / "fail"

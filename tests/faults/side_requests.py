@@ -1,4 +1,4 @@
-"""Requests that come beside the streams, and what must become of them: each says what was not as it must be."""
+"""Additional requests that run beside the compared streams, and checks of what becomes of them. Each returns a list of violations."""
 
 import asyncio
 import json
@@ -19,21 +19,21 @@ CROWD = 1_000
 FEW = 12
 SAME = 10
 LONG_ANSWERS, LONG_ANSWER_TOKENS = 12, 700
-"""They would take 8,400 places, and two replicas have 7,800."""
+"""Together 8,400 tokens of KV cache; two replicas have 7,800."""
 LONG_PROMPTS, LONG_PROMPT_TOKENS = 4, 2_000
-"""The model's context is 2,048; its tokenizer makes a token of each digit and space."""
-POISONS = "~^`@#%&+=" + string.ascii_uppercase[::-1]
-"""One of these is poison, as a token: the first that no stream beside says."""
+"""The model's context is 2,048 tokens; its tokenizer makes one token of each digit and space."""
+POISON_CANDIDATES = "~^`@#%&+=" + string.ascii_uppercase[::-1]
+"""The token that kills ranks is the first of these characters that does not occur in the compared streams."""
 
 SideRequests = Callable[[Victims, int], Awaitable[list[str]]]
-"""Given the run's seed."""
+"""Called with the run's seed."""
 
 
 async def poison(victims: Victims, seed: int) -> list[str]:
-    """A request that kills whoever computes it must end with an error that says so, at its own cost alone."""
+    """A request that kills every rank that computes it must fail with an error that says so; no other request may fail."""
     async with _session() as session:
         said = await _said(victims)
-        poison = next(letter for letter in POISONS if letter not in said)
+        poison = next(letter for letter in POISON_CANDIDATES if letter not in said)
         async with session.post(f"{victims.url}/tokenize", json={"prompt": poison}) as answer:
             (token,) = (await answer.json())["tokens"]
         arm(victims.failpoints, "rank.step", Failure(action="abort", token=token))
@@ -47,7 +47,7 @@ async def poison(victims: Victims, seed: int) -> list[str]:
 
 
 async def _said(victims: Victims) -> str:
-    """All that the streams beside are asked and answer: one that has the poisonous letter in it ends whoever computes it as well."""
+    """All text of the compared streams, prompts and answers: the poisonous character must not be in it."""
     if victims.url not in _SAID:
         seen = [Seen(ask, History(ask.name)) for ask in ASKS]
         await asyncio.gather(*(follow(victims.url, victims.target, one) for one in seen))
@@ -60,7 +60,7 @@ _SAID: dict[str, str] = {}
 
 
 async def crowd(victims: Victims, seed: int) -> list[str]:
-    """Whoever is refused must be told so; who is not is answered."""
+    """Every one of many simultaneous requests must be answered, or refused with a proper status."""
 
     async def ask(session: aiohttp.ClientSession) -> str:
         try:
@@ -79,7 +79,7 @@ async def crowd(victims: Victims, seed: int) -> list[str]:
 
 
 def newcomers(*, may_fail: int) -> SideRequests:
-    """A few more, one after the other. So many of them may be told of a fault of their front, in so many words."""
+    """A few more requests, one after the other, of which ``may_fail`` may fail with an error of their front."""
 
     async def ask(session: aiohttp.ClientSession, victims: Victims, prompt: str) -> str:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
@@ -99,7 +99,7 @@ def newcomers(*, may_fail: int) -> SideRequests:
 
 
 async def same_key(victims: Victims, seed: int) -> list[str]:
-    """As a client sends a request again whose fate it does not know, but ten times at once, and once more. One answer, to all of them."""
+    """Send a request with an idempotency key ten times at once, and once more afterwards. All must get the same answer."""
     body = {"model": "tiny", "prompt": f"{seed}", "max_tokens": LENGTH, "ignore_eos": True, "temperature": 1.0, "seed": seed}
 
     async def ask(session: aiohttp.ClientSession) -> str:
@@ -114,7 +114,7 @@ async def same_key(victims: Victims, seed: int) -> list[str]:
 
 
 async def deaf(victims: Victims, seed: int) -> list[str]:
-    """A client that reads nothing of its stream must be left."""
+    """A client that reads nothing of its stream must be disconnected."""
     body = {"model": "tiny", "prompt": f"{seed}", "max_tokens": 1_500, "n": 2, "ignore_eos": True, "stream": True, "logprobs": 5}
     raw, loop = json.dumps(body).encode(), asyncio.get_running_loop()
     with socket.socket() as client:
@@ -134,17 +134,17 @@ async def deaf(victims: Victims, seed: int) -> list[str]:
 
 
 async def long_answers(victims: Victims, seed: int) -> list[str]:
-    """More than there is room for: some must wait, or lose their room for a while."""
+    """Requests that need more KV cache than there is: some must wait or be preempted, and all must complete."""
     before = await victims.counted("manta_preemptions_total")
     wrong = await _complete_all(victims, [f"{seed} {at}" for at in range(LONG_ANSWERS)], LONG_ANSWER_TOKENS)
-    await asyncio.sleep(3.0)  # fronts tell their counts every two seconds
+    await asyncio.sleep(3.0)  # fronts exchange their counters every two seconds
     if await victims.counted("manta_preemptions_total") == before:
         wrong.append("nothing was preempted, so this has shown nothing")
     return wrong
 
 
 async def long_prompts(victims: Victims, seed: int) -> list[str]:
-    """No two of them begin alike."""
+    """Prompts that fill the model's context and share no prefix."""
     return await _complete_all(victims, [(f"{seed} {at} " * LONG_PROMPT_TOKENS)[:LONG_PROMPT_TOKENS] for at in range(LONG_PROMPTS)], 16)
 
 

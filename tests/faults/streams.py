@@ -1,4 +1,4 @@
-"""The streams that a fault must not be seen in: two protocols, six ways to ask, each written down as a `History`."""
+"""The streams that are compared: two protocols, six kinds of requests, each recorded as a `History`."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ REASONS = {messages_pb2.FINISH_REASON_STOP: "stop", messages_pb2.FINISH_REASON_L
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, always the same."""
+    """One request; the same in every run."""
 
     protocol: str
     way: str
@@ -47,12 +47,12 @@ class Ask:
 
 @dataclass(eq=False)
 class Seen:
-    """An answer as it came."""
+    """The recording of one stream."""
 
     ask: Ask
     history: History
     at: list[float] = field(default_factory=list)
-    """When it was asked, and when each piece of it came; `time.monotonic`."""
+    """When the request was sent, and when each piece of the answer came; `time.monotonic`."""
     on_token: Callable[[int], None] = lambda _count: None
 
     @property
@@ -70,7 +70,7 @@ ASKS = tuple(
 
 
 def golden_of(history: History) -> Golden:
-    """An undisturbed run, to compare others with."""
+    """The reference from an undisturbed stream."""
     assert history.is_complete, (history.ends, history.wrong)
     assert not history.wrong, history.wrong
     choices = (history.choices[index] for index in sorted(history.choices))
@@ -81,7 +81,7 @@ def golden_of(history: History) -> Golden:
 
 
 async def over_http(url: str, seen: Seen) -> None:
-    """By server-sent events. Tokens are known by their bytes where log-probabilities are asked for, else by their number and text."""
+    """Stream by server-sent events. Tokens are identified by their bytes if there are log-probabilities, else by their number and text."""
     ask, history = seen.ask, seen.history
     body: dict[str, Any] = {"model": MODEL, "stream": True, "max_tokens": ask.length, **WAYS[ask.way]}
     body |= {
@@ -150,7 +150,7 @@ def _code(text: str) -> str:
 
 
 async def over_grpc(target: str, seen: Seen) -> None:
-    """By messages that name each token and its place."""
+    """Stream by gRPC messages, which have token ids and offsets."""
     ask, history = seen.ask, seen.history
     options = {"max_tokens": ask.length, "ignore_eos": ask.way != "schema", **WAYS[ask.way]}
     options |= {"logprobs": 2} if ask.way == "logprobs" else {}

@@ -9,7 +9,7 @@ import pytest
 from tests.faults.catalogue import FAULTS, Fault
 from tests.faults.pairs import PAIRS
 from tests.faults.report import table
-from tests.faults.run import Goldens, Run, one_run
+from tests.faults.run import GoldenAnswers, Run, one_run
 from tests.faults.server import Victims, server_under_test
 from tests.faults.sweep import SWEPT
 
@@ -28,18 +28,18 @@ def victims() -> Iterator[Victims]:
 
 
 @pytest.fixture(scope="module")
-def goldens(victims: Victims) -> Goldens:
+def goldens(victims: Victims) -> GoldenAnswers:
     return asyncio.run(learned(victims))
 
 
-async def learned(victims: Victims) -> Goldens:
-    goldens = Goldens()
-    await victims.until_whole()
+async def learned(victims: Victims) -> GoldenAnswers:
+    goldens = GoldenAnswers()
+    await victims.wait_until_recovered()
     await goldens.learn(victims)
     return goldens
 
 
-def one_that_struck(victims: Victims, fault: Fault, goldens: Goldens) -> Run:
+def one_that_struck(victims: Victims, fault: Fault, goldens: GoldenAnswers) -> Run:
     """Chance may have everybody away from where the fault strikes: such a run shows nothing, and another one is made. On a fast machine a
     stream is over in a tenth of a second, and a replica that is killed had none at the time in half of the runs and more."""
     for seed in range(1, MOST_RUNS + 1):
@@ -52,7 +52,7 @@ def one_that_struck(victims: Victims, fault: Fault, goldens: Goldens) -> Run:
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in FAULTS])
-def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, goldens: Goldens, name: str) -> None:
+def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, goldens: GoldenAnswers, name: str) -> None:
     run = one_that_struck(victims, FAULTS[name], goldens)
     assert run.lost == 0 or FAULTS[name].tier > 1
 
@@ -60,7 +60,7 @@ def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, go
 @pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
-def test_two_faults_at_once_break_no_promise(victims: Victims, goldens: Goldens, name: str) -> None:
+def test_two_faults_at_once_break_no_promise(victims: Victims, goldens: GoldenAnswers, name: str) -> None:
     run = one_that_struck(victims, PAIRS[name], goldens)
     assert run.lost == 0 or PAIRS[name].tier > 1
 
@@ -68,7 +68,7 @@ def test_two_faults_at_once_break_no_promise(victims: Victims, goldens: Goldens,
 @pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SWEPT if name.endswith("@1")])
-def test_no_failpoint_breaks_a_promise(victims: Victims, goldens: Goldens, name: str) -> None:
+def test_no_failpoint_breaks_a_promise(victims: Victims, goldens: GoldenAnswers, name: str) -> None:
     one_that_struck(victims, SWEPT[name], goldens)
 
 

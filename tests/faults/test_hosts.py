@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.host_server import MANTA, Host, HostVictims, hosts_under_test
-from tests.faults.run import Goldens
+from tests.faults.run import GoldenAnswers
 from tests.faults.test_faults import learned, one_that_struck
 from tests.system.network import possible
 from tests.system.server import eventually
@@ -30,12 +30,12 @@ def victims() -> Iterator[HostVictims]:
 
 
 @pytest.fixture(scope="module")
-def goldens(victims: HostVictims) -> Goldens:
+def goldens(victims: HostVictims) -> GoldenAnswers:
     return asyncio.run(learned(victims))
 
 
 @pytest.mark.parametrize("name", HOST_FAULTS)
-def test_no_stream_is_lost_with_a_host_and_the_server_is_whole_again(victims: HostVictims, goldens: Goldens, name: str) -> None:
+def test_no_stream_is_lost_with_a_host_and_the_server_is_whole_again(victims: HostVictims, goldens: GoldenAnswers, name: str) -> None:
     assert one_that_struck(victims, HOST_FAULTS[name], goldens).lost == 0
 
 
@@ -47,7 +47,7 @@ def status(host: Host) -> tuple[int, dict, str]:
 
 def test_status_answers_whatever_is_lost_and_names_it(victims: HostVictims) -> None:
     head, near, far = victims.hosts.all
-    asyncio.run(victims.until_whole())
+    asyncio.run(victims.wait_until_recovered())
 
     def tells(condition: Callable[[dict], bool]) -> None:
         eventually(lambda: condition(status(near)[1]), 120)
@@ -60,7 +60,7 @@ def test_status_answers_whatever_is_lost_and_names_it(victims: HostVictims) -> N
     assert left_with == 1
     assert any(str(far.ray.place.ip) in words and "cannot be reached" in words for words in seen["missing"]), seen
     victims.hosts.network.mend(far.ray.place)
-    asyncio.run(victims.until_whole())
+    asyncio.run(victims.wait_until_recovered())
 
     frozen = far.family()
     for process in frozen:
@@ -69,12 +69,12 @@ def test_status_answers_whatever_is_lost_and_names_it(victims: HostVictims) -> N
     assert status(near)[0] == 1
     for process in frozen:
         process.resume()
-    asyncio.run(victims.until_whole())
+    asyncio.run(victims.wait_until_recovered())
 
     head.kill()
     left_with, seen, said = status(near)
     assert (left_with, seen) == (1, {})
     assert f"its head takes no connection at {head.ray.address}" in said
     head.start_anew()
-    asyncio.run(victims.until_whole())
+    asyncio.run(victims.wait_until_recovered())
     tells(lambda seen: seen["missing"] == [] and len(seen["replicas"]) == 2)
