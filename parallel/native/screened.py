@@ -43,7 +43,7 @@ class Screen:
     exact: Packed
     rough: Packed
     """``int8_dot``"""
-    lengths: Tensor
+    norms: Tensor
     """(2, panels) float32: the largest norm of a panel's quantised outputs, and the largest norm of their quantisation errors."""
 
     def multiply(self, library: Native, x_TK: Tensor, top_logits: TopLogits) -> Tensor | None:
@@ -59,13 +59,13 @@ class Screen:
         assert len(highest) == len(ends) == num_rows
         rough_rows = 2 * num_rows if num_rows <= _FEW_ROWS else num_rows
         y_XN = torch.empty(rough_rows, self.exact.num_outputs)
-        num_panels = self.lengths.shape[1]
+        num_panels = self.norms.shape[1]
         found: int = library.screened(
             x_TK.data_ptr(),
             self.rough.numbers.data_ptr(),
             self.rough.scales.data_ptr(),
             self.exact.numbers.data_ptr(),
-            self.lengths.data_ptr(),
+            self.norms.data_ptr(),
             *(highest.ctypes.data, lowered.ctypes.data, ends.ctypes.data, y_XN.data_ptr()),
             *(num_rows, rough_rows, num_inputs, self.exact.padded, self.rough.padded, self.exact.num_outputs, max(top_logits.limit, 0)),
             *(*_worth_it(num_panels, num_rows), num_threads()),
@@ -76,8 +76,8 @@ class Screen:
 def _worth_it(num_panels: int, num_rows: int) -> tuple[int, int]:
     """How many (row, panel) pairs, and how many distinct panels, may be computed exactly before it costs more than it saves. (Measured; the
     saving grows with the rows.)"""
-    panels_of_rows = num_panels * max(num_rows, _MANY_ROWS // 8) // 16
-    return panels_of_rows, min(num_panels * max(num_rows, _MANY_ROWS // 3) // _MANY_ROWS, 3 * num_panels // 4)
+    max_pairs = num_panels * max(num_rows, _MANY_ROWS // 8) // 16
+    return max_pairs, min(num_panels * max(num_rows, _MANY_ROWS // 3) // _MANY_ROWS, 3 * num_panels // 4)
 
 
 def screen_of(library: Native, exact: Packed) -> Screen | None:
@@ -86,12 +86,12 @@ def screen_of(library: Native, exact: Packed) -> Screen | None:
         return None
     rough = empty_packed("int8_dot", exact.num_outputs, exact.padded, exact.lanes)
     assert rough.scales is not None
-    lengths = torch.empty(2, len(exact.numbers))
+    norms = torch.empty(2, len(exact.numbers))
     library.screen_of(
         exact.numbers.data_ptr(),
         rough.numbers.data_ptr(),
         rough.scales.data_ptr(),
-        lengths.data_ptr(),
+        norms.data_ptr(),
         *(exact.padded, rough.padded, exact.num_outputs, num_threads()),
     )
-    return Screen(exact, rough, lengths)
+    return Screen(exact, rough, norms)

@@ -17,8 +17,8 @@ template <int R> static INLINE void add_product(const float* a, long a_stride, c
 }
 
 static void multiply_tile(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride, long rows, long width) {
-    for (long row = 0; row < rows; row += MOST_ROWS)
-        with_rows(std::min(long(MOST_ROWS), rows - row), [&](auto some) {
+    for (long row = 0; row < rows; row += MAX_TILE_ROWS)
+        with_rows(std::min(long(MAX_TILE_ROWS), rows - row), [&](auto some) {
             for (long x = 0; x < width; x += 2 * LANES)
                 add_product<some.value>(a + row * a_stride, a_stride, b + x, b_stride, depth, c + row * c_stride + x, c_stride);
         });
@@ -54,7 +54,7 @@ struct Tile {
 
     // out += weights times values. For few rows the values are read from the cache directly, without a copy.
     void weigh_values(const Cache<float>& cache, long start, long count, long rows) {
-        if (width == cache.K && rows <= MOST_ROWS) {
+        if (width == cache.K && rows <= MAX_TILE_ROWS) {
             for (long p = 0, some; p < count; p += some) {
                 some = std::min(cache.block_tokens - (start + p) % cache.block_tokens, count - p);
                 multiply_tile(&scores[p], CHUNK, value_at[p], cache.G * cache.K, some, out.data(), width, rows, width);

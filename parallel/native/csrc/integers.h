@@ -1,6 +1,6 @@
-// Weights of 8 and 4 bits with a scale for each group of input features, times rows as integers with a scale for each group: of 16 bits,
-// which is as exact as float32, or of 8 bits where a processor multiplies four of them at a time (then four groups of 4-bit weights meet one
-// of a row). Sums within a group are exact.
+// Weights in 8 and 4 bits with a scale per group of input features, multiplied with rows as integers, also with a scale per group. Rows have 16
+// bits, which is as exact as float32, or 8 bits on processors that multiply four of these at a time (then one group of a row spans four groups of
+// 4-bit weights). Sums within a group are exact.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -8,14 +8,13 @@
 
 // A row as integers of 16 or 8 bits.
 template <class Number> struct QuantisedRow {
-    static constexpr bool APART = sizeof(Number) == 1;
+    static constexpr bool STRIDED = sizeof(Number) == 1;
     const Number* x;
     const float* scales;
-    const int32_t* starts;  // what the sum over each group of weights begins with: what is added to them while they are held, taken away again
+    const int32_t* starts;  // initial sum of each group of weights: cancels the offset that stored weights contain
 };
 
-// What is the same for a group's numbers of an output, of LANES outputs: a scale. What was added to the numbers while they are held is taken
-// away where a sum begins ...
+// The scales of LANES outputs for one group. The offset of stored numbers is cancelled by the initial sum ...
 struct Scales {
     using Stored = uint16_t;  // half precision
     static constexpr int32_t OF_INT4 = 8;
@@ -27,7 +26,7 @@ struct Scales {
     INLINE Floats taken_away(int32_t offset) const { return to_floats(all_words(offset)); }
 };
 
-// ... or is a zero of the group's own, and is taken away at its end. Both together lie in 32 bits, see parallel/zeros.py.
+// ... or is a zero point per group, which is subtracted at the end of the group. Scale and zero point share 32 bits; see parallel/zero_points.py.
 struct ScalesAndZeros {
     using Stored = uint32_t;
     static constexpr int32_t OF_INT4 = 1;  // to be multiplied by the zero
@@ -44,9 +43,9 @@ struct ScalesAndZeros {
     INLINE Floats taken_away(int32_t) const { return to_floats(zero); }
 };
 
-// sums = begin + rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
+// sums = initial + rows * weights, in integers within each group; `products` adds those of one group to its sums.
 template <class Scales, int R, int P, class Row, class Products>
-static INLINE void group_by_group(const Row* rows, const typename Scales::Stored* scales, long panel, long groups, long first, long last, Begin begin, float* sums,
+static INLINE void accumulate_groups(const Row* rows, const typename Scales::Stored* scales, long panel, long groups, long first, long last, InitialSums initial, float* sums,
                                   long stride, Products products) {
     for (long g = first; g < last; ++g) {
         Words sum[R][P][2];
@@ -58,15 +57,15 @@ static INLINE void group_by_group(const Row* rows, const typename Scales::Stored
                 each<R>([&](auto r) INLINED {
                     float* at = sums + r * stride + p * PANEL + h * LANES;
                     const Floats whole = held.whole(sum[r][p][h], rows[r].starts[g]);
-                    store(at, multiply_add(whole, multiply(all(rows[r].scales[g]), held.scale), begin.load(r, p, h)));
+                    store(at, multiply_add(whole, multiply(all(rows[r].scales[g]), held.scale), initial.load(r, p, h)));
                 });
             });
         });
-        begin = {sums, stride};
+        initial = {sums, stride};
     }
 }
 
-// Two input features of R rows times those of a panel's 2 * LANES outputs.
+// Adds two input features of R rows times those of the 2 * LANES outputs of a panel.
 template <int R, int P> static INLINE void add_two(const QuantisedRow<int16_t>* rows, long k, Words even, Words odd, Words (&sum)[R][P][2], int p) {
     each<R>([&](auto r) INLINED {
         int32_t pair;
@@ -83,16 +82,16 @@ struct Int8 {
     const int8_t* weights;    // [panel][k / 2][output][2]
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
-    using Held = Scales;
-    static constexpr long PARTS_BY_PANEL = 0;
+    using GroupScales = Scales;
+    static constexpr long PANEL_MAJOR_PARTS = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
-    static constexpr int32_t OFFSET = 0;  // what is added to a weight before it is multiplied
-    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
+    static constexpr int32_t OFFSET = 0;  // added to stored weights
+    static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
-        group_by_group<Held, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
                 each<P>([&](auto p) INLINED {
                     const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
@@ -107,23 +106,23 @@ template <class Scales> struct Int4Of {
     const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers from 0 to 15; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
     const typename Scales::Stored* scales;  // [panel][group][output]
     long K, group;
-    using Held = Scales;
-    static constexpr long PARTS_BY_PANEL = 0;
+    using GroupScales = Scales;
+    static constexpr long PANEL_MAJOR_PARTS = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = Scales::OF_INT4;
-    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
+    static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
         const Words mask = all_words(0x000f000f);
-        group_by_group<Held, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
+        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
                     if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
                     each<4>([&](auto s) INLINED {
-                        hold(at);  // loaded again for each two: the registers are wanted for the sums
+                        hold(at);  // loaded again for each pair: registers are needed for the sums
                         const Words even = both(right<4 * s>(load_words(at)), mask), odd = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
                         add_two<R, P>(rows, k + 2 * s, even, odd, sum, p);
                     });
@@ -136,10 +135,10 @@ using Int4 = Int4Of<Scales>;
 using Int4Zeros = Int4Of<ScalesAndZeros>;
 
 #if defined(__AVX512VNNI__)
-constexpr long ROW_GROUP = 128;  // numbers of a row that share a scale where they have 8 bits
+constexpr long ROW_GROUP = 128;  // numbers of a row in 8 bits that share a scale
 
-// Four input features of R rows times those of a panel's 2 * LANES outputs (VPDPBUSD: its left numbers are without a sign).
-template <int R, int P> static INLINE void add_four(const Apart<R, int8_t>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
+// Adds four input features of R rows times those of the 2 * LANES outputs of a panel (VPDPBUSD, whose left operand is unsigned).
+template <int R, int P> static INLINE void add_four(const StridedRows<R, int8_t>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
     each<R>([&](auto r) INLINED {
         const Words value = rows.template at<r>();
         sum[r][p][0] = _mm512_dpbusd_epi32(sum[r][p][0], first, value);
@@ -153,22 +152,22 @@ struct Int8Dot {
     const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
-    using Held = Scales;
-    static constexpr long PARTS_BY_PANEL = 12;
+    using GroupScales = Scales;
+    static constexpr long PANEL_MAJOR_PARTS = 12;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
-    static constexpr int MOST = MOST_ROWS, OF_MANY = 8;  // by registers: of 8 rows what is summed up over groups stays there too
+    static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = 8;  // with up to 8 rows the sums over groups stay in registers, too
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
-        Apart<R, int8_t> x(rows, k0);
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+        StridedRows<R, int8_t> x(rows, k0);
         const auto products = [&](long g, Words (&sum)[R][P][2]) INLINED {
             long k = g * ROW_GROUP;
-            do {  // at least once: with a loop that may have none registers are copied
+            do {  // a loop with at least one iteration: for others the compiler copies registers
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
-                    if (R <= 2 || P == 1) {  // between, it costs more than it gives
+                    if (R <= 2 || P == 1) {  // for others prefetching costs more than it saves (measured)
                         fetch(at + ahead * PANEL);
                         fetch(at + ahead * PANEL + 4 * LANES);
                     }
@@ -178,21 +177,21 @@ struct Int8Dot {
                 k += 4;
             } while (k < (g + 1) * ROW_GROUP);
         };
-        if constexpr (R > 1 && R * P <= OF_MANY)  // one row waits for memory, and was slower so
-            group_by_group_held<R, P>(rows, panel, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
+        if constexpr (R > 1 && R * P <= PART_ROWS)  // a single row waits for memory, and was slower this way
+            accumulate_groups_in_registers<R, P>(rows, panel, k0 / ROW_GROUP, k1 / ROW_GROUP, initial, sums, stride, products);
         else
-            group_by_group<Held, R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
+            accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, initial, sums, stride, products);
     }
 
 private:
-    // As group_by_group, with registers for what is summed up over groups.
+    // accumulate_groups with the sums over groups in registers.
     template <int R, int P, class Products>
-    INLINE void group_by_group_held(const Row* rows, long panel, long first, long last, Begin begin, float* sums, long stride, Products products) const {
+    INLINE void accumulate_groups_in_registers(const Row* rows, long panel, long first, long last, InitialSums initial, float* sums, long stride, Products products) const {
         Floats total[R][P][2];
         const auto each_sum = [&](auto run) INLINED {
             each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { each<R>([&](auto r) INLINED { run(r, p, h); }); }); });
         };
-        each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = begin.load(r, p, h); });
+        each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = initial.load(r, p, h); });
         for (long g = first; g < last; ++g) {
             Words sum[R][P][2];
             each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
@@ -211,22 +210,22 @@ private:
 };
 
 template <class Scales, long GROUP> struct Int4DotOf {
-    const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i, from 0 to 15, in the lower halves, k + 4 + i in the upper ones
+    const uint8_t* weights;  // [panel][k / 8][output] four bytes: number k + i (0 to 15) in the lower half of byte i, k + 4 + i in the upper one
     const typename Scales::Stored* scales;  // [panel][group][output]
-    long K, group;  // GROUP: asserted where weights are packed
-    using Held = Scales;
-    static constexpr long PARTS_BY_PANEL = 12;
+    long K, group;  // group is GROUP: asserted where weights are packed
+    using GroupScales = Scales;
+    static constexpr long PANEL_MAJOR_PARTS = 12;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;  // with a scale for ROW_GROUP numbers
     static constexpr int32_t OFFSET = Scales::OF_INT4;
-    static constexpr int MOST = 8, OF_MANY = MOST;  // rows, by registers: two of whole numbers and two of their scaled sums for each
+    static constexpr int MAX_ROWS = 8, PART_ROWS = MAX_ROWS;  // each row needs two registers of integer sums and two of scaled sums
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
-    // What stands in a loop costs most where rows are many, so a group ends in one operation of the unit that multiplies: its scale times
-    // its sum, added up. The row's scale comes once for ROW_GROUP inputs.
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
+    // Work per group matters most with many rows, so a group ends with a single multiply-add of its sum and its scale. The row's scale is applied
+    // once per ROW_GROUP inputs.
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         const Words mask = all_words(0x0f0f0f0f);
-        Apart<R, int8_t> x(rows, k0);
+        StridedRows<R, int8_t> x(rows, k0);
         Floats total[R][P][2];
         const auto add_group = [&](long g, auto is_first) INLINED {
             Words sum[R][P][2];
@@ -260,11 +259,11 @@ template <class Scales, long GROUP> struct Int4DotOf {
                 each<P>([&](auto p) INLINED {
                     each<2>([&](auto h) INLINED {
                         float* at = sums + r * stride + p * PANEL + h * LANES;
-                        store(at, multiply_add(total[r][p][h], scale, begin.load(r, p, h)));
+                        store(at, multiply_add(total[r][p][h], scale, initial.load(r, p, h)));
                     });
                 });
             });
-            begin = {sums, stride};
+            initial = {sums, stride};
         }
     }
 };
@@ -273,10 +272,10 @@ using Int4Dot = Int4DotOf<Scales, ROW_GROUP / 4>;
 using Int4ZerosDot = Int4DotOf<ScalesAndZeros, ROW_GROUP>;
 #endif
 
-constexpr long MOST_GROUP = PIECE;
-constexpr float LEAST_TOP = 1e-33f;  // of a group: below, what its numbers are multiplied by would be infinite
+constexpr long MAX_GROUP = FILL_WIDTH;
+constexpr float MIN_ABS_MAX = 1e-33f;  // of a group; below it, the inverse of the scale would be infinite
 
-// A group of x as 16-bit integers. What is not finite makes the scale NaN, and so every output of the row.
+// Quantises a group of x to 16-bit integers. A number that is not finite makes the scale NaN, and thereby every output of the row.
 static inline void quantise_group(const float* x, long group, int32_t offset, int16_t* out, float* scale, int32_t* start) {
     Floats most = zeros(), poison = zeros();
     for (long i = 0; i < group; i += LANES) {
@@ -285,9 +284,9 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
         poison = multiply_add(value, zeros(), poison);
     }
     const float bad = sum_of(poison), found = bad == 0 ? highest_of(most) : 0;
-    const float top = found > LEAST_TOP ? found : 0;
+    const float top = found > MIN_ABS_MAX ? found : 0;
     const Floats inverse = all(top > 0 ? 32767.0f / top : 0.0f);
-    alignas(64) int32_t words[MOST_GROUP];
+    alignas(64) int32_t words[MAX_GROUP];
     Words sum = no_words();
     for (long i = 0; i < group; i += LANES) {
         Words number = bad == 0 ? to_words(multiply(load(x + i), inverse)) : no_words();
@@ -304,15 +303,15 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
 }
 
 #if defined(__AVX512VNNI__)
-// ROW_GROUP numbers as 8-bit integers of a scale by which `factor` is multiplied; a start for each `PER` registers.
+// Quantises ROW_GROUP numbers to 8-bit integers; their scale is multiplied by `factor`. There is an initial sum per `PER` registers.
 template <int PER> static INLINE void quantise_registers(Floats (&x)[8], float factor, int32_t offset, int8_t* out, float* scale, int32_t* starts) {
     Words most = no_words(), sum[8 / PER];
     each<8>([&](auto i) INLINED { most = _mm512_max_epi32(most, both(_mm512_castps_si512(x[i]), all_words(0x7fffffff))); });
-    const int32_t bits = _mm512_reduce_max_epi32(most);  // in the order of the numbers, those that are not finite last
+    const int32_t bits = _mm512_reduce_max_epi32(most);  // bits are in the order of magnitudes, with those that are not finite last
     float found;
     memcpy(&found, &bits, 4);
     const bool bad = bits >= 0x7f800000;
-    const float top = !bad && found > LEAST_TOP ? found : 0;
+    const float top = !bad && found > MIN_ABS_MAX ? found : 0;
     const Floats inverse = all(top > 0 ? 127.0f / top : 0.0f);
     each<8 / PER>([&](auto g) INLINED { sum[g] = no_words(); });
     each<8>([&](auto i) INLINED {
@@ -324,16 +323,16 @@ template <int PER> static INLINE void quantise_registers(Floats (&x)[8], float f
     *scale = bad ? NAN : top / 127.0f * factor;
 }
 
-constexpr float SHORTENED = 0.08838834764831845f;  // one over the root of 128
+constexpr float HADAMARD_SCALE = 0.08838834764831845f;  // one over the root of 128
 
-// Half of the numbers of a group of 128 become negative: as good as drawn by lot, by the digits of pi.
-static INLINE void change_signs(Floats (&x)[8]) {
+// Flips the signs of half of the numbers of a group of 128, chosen pseudo-randomly by the digits of pi.
+static INLINE void flip_signs(Floats (&x)[8]) {
     constexpr uint32_t NEGATIVE[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
     each<8>([&](auto i) INLINED { x[i] = _mm512_mask_sub_ps(x[i], __mmask16(NEGATIVE[i / 2] >> 16 * (i % 2)), zeros(), x[i]); });
 }
 
-// A group of 128 numbers times the Hadamard matrix of 1 and -1: first neighbours are added and subtracted, then what is two apart, four ...
-static INLINE void sums_and_differences(Floats (&x)[8]) {
+// Multiplies a group of 128 numbers with the Hadamard matrix: butterflies of neighbours, then of numbers two apart, four apart, ...
+static INLINE void hadamard(Floats (&x)[8]) {
     const auto signs = [](uint16_t negative) INLINED { return _mm512_mask_blend_ps(negative, all(1), all(-1)); };
     const Floats by_one = signs(0xaaaa), by_two = signs(0xcccc), by_four = signs(0xf0f0), by_eight = signs(0xff00);
     each<8>([&](auto i) INLINED {
@@ -354,34 +353,34 @@ static INLINE void sums_and_differences(Floats (&x)[8]) {
     });
 }
 
-// Groups of 128 numbers turned, or turned back, in place: `parallel.rounding` says what for.
-static inline void turn_groups(float* x, long groups, bool back) {
+// Rotates groups of 128 numbers in place, or rotates them back: `parallel.quantisation` says why.
+static inline void rotate_groups(float* x, long groups, bool back) {
     for (float* end = x + 128 * groups; x < end; x += 128) {
         Floats group[8];
         each<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
-        if (!back) change_signs(group);
-        sums_and_differences(group);
-        each<8>([&](auto i) INLINED { group[i] = multiply(group[i], all(SHORTENED)); });
-        if (back) change_signs(group);
+        if (!back) flip_signs(group);
+        hadamard(group);
+        each<8>([&](auto i) INLINED { group[i] = multiply(group[i], all(HADAMARD_SCALE)); });
+        if (back) flip_signs(group);
         each<8>([&](auto i) INLINED { store(x + i * LANES, group[i]); });
     }
 }
 
-// Turned before they are rounded: a number far above the others is then shared out among all of them.
+// Rotated before they are rounded, which spreads outliers over the whole group.
 static inline void quantise_group(const float* x, long, int32_t offset, int8_t* out, float* scale, int32_t* start) {
     Floats turned[8];
     each<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
-    change_signs(turned);
-    sums_and_differences(turned);
-    quantise_registers<8>(turned, SHORTENED, offset, out, scale, start);
+    flip_signs(turned);
+    hadamard(turned);
+    quantise_registers<8>(turned, HADAMARD_SCALE, offset, out, scale, start);
 }
 #endif
 
-// Rows (count, K), filled up with zeros to whole groups.
+// Rows (count, K), padded with zeros to whole groups.
 template <class Number, int32_t OFFSET> class QuantisedRows {
-    Room<Number> numbers;
-    Room<float> scales;
-    Room<int32_t> starts;
+    AlignedBuffer<Number> numbers;
+    AlignedBuffer<float> scales;
+    AlignedBuffer<int32_t> starts;
     long padded, group;
 
 public:
@@ -395,7 +394,7 @@ public:
     void fill(long r, long first, const float* x, long width) {
         for (long k = 0; k < width; k += group) {
             const long g = r * (padded / group) + (first + k) / group;
-            float filled[MOST_GROUP];
+            float filled[MAX_GROUP];
             if (width - k < group) {
                 memset(filled, 0, sizeof(filled));
                 memcpy(filled, x + k, sizeof(float) * (width - k));
@@ -406,18 +405,18 @@ public:
 };
 
 #if defined(__AVX512VNNI__)
-// Rows (count, K), rounded as they are: a scale for ROW_GROUP numbers, a start for each group of 4-bit weights within them.
-template <long GROUP, int32_t OFFSET> class RowsOfInt4 {
+// Rows (count, K), rounded without rotation: a scale per ROW_GROUP numbers, an initial sum per group of 4-bit weights.
+template <long GROUP, int32_t OFFSET> class Int4Rows {
     static constexpr long GROUPS = ROW_GROUP / GROUP;
-    Room<int8_t> numbers;
-    Room<float> scales;
-    Room<int32_t> starts;
+    AlignedBuffer<int8_t> numbers;
+    AlignedBuffer<float> scales;
+    AlignedBuffer<int32_t> starts;
     long groups;
 
 public:
     std::vector<QuantisedRow<int8_t>> rows;
 
-    RowsOfInt4(long count, long, long padded, long)
+    Int4Rows(long count, long, long padded, long)
         : numbers(count * filled(padded)), scales(count * (filled(padded) / ROW_GROUP)), starts(count * (filled(padded) / GROUP)),
           groups(filled(padded) / ROW_GROUP), rows(count) {
         for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * GROUPS]};
@@ -436,6 +435,6 @@ public:
 private:
     static long filled(long padded) { return (padded + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
 };
-static_assert(PIECE == ROW_GROUP, "rows are filled a scale at a time");
-static_assert(K_BLOCK % ROW_GROUP == 0, "a tile of Int4Dot begins with a row's scale");
+static_assert(FILL_WIDTH == ROW_GROUP, "rows are filled one scale group at a time");
+static_assert(K_BLOCK % ROW_GROUP == 0, "a tile of Int4Dot starts at a scale group of the row");
 #endif

@@ -1,12 +1,12 @@
-// What Python calls of linear.h and integers.h.
+// Exported functions for linear.h and integers.h.
 #include <type_traits>
 #include "integers.h"
 #include "linear.h"
 
-// How a kind of weights is named from outside: two addresses and its sizes.
+// Makes a kind of weights from the addresses and sizes that Python passes.
 template <class W> struct Weights {
     static W make(const void* weights, const void* scales, long K, long group) {
-        return {(const uint8_t*)weights, (const typename W::Held::Stored*)scales, K, group};
+        return {(const uint8_t*)weights, (const typename W::GroupScales::Stored*)scales, K, group};
     }
 };
 template <> struct Weights<Bf16> {
@@ -24,11 +24,11 @@ template <> struct Weights<Int8> {
     static Int8 make(const void* weights, const void* scales, long K, long group) { return {(const int8_t*)weights, (const uint16_t*)scales, K, group}; }
 };
 
-// What rows of x become for a kind of weights.
+// The form of rows that a kind of weights is multiplied with.
 template <class W> struct Rows : QuantisedRows<typename W::Number, W::OFFSET> {
     using QuantisedRows<typename W::Number, W::OFFSET>::QuantisedRows;
 };
-template <class Stored> struct Rows<Exact<Stored>> : FloatRows {
+template <class Stored> struct Rows<Fp32Product<Stored>> : FloatRows {
     using FloatRows::FloatRows;
 };
 #if defined(__AVX512BF16__)
@@ -38,16 +38,16 @@ template <> struct Rows<Bf16Dot> : Bf16Rows {
 #endif
 
 #if defined(__AVX512VNNI__)
-template <class Scales, long GROUP> struct Rows<Int4DotOf<Scales, GROUP>> : RowsOfInt4<GROUP, Scales::OF_INT4> {
-    using RowsOfInt4<GROUP, Scales::OF_INT4>::RowsOfInt4;
+template <class Scales, long GROUP> struct Rows<Int4DotOf<Scales, GROUP>> : Int4Rows<GROUP, Scales::OF_INT4> {
+    using Int4Rows<GROUP, Scales::OF_INT4>::Int4Rows;
 };
 #endif
 
-// x (count, K) as rows.
+// Converts x (count, K).
 template <class W> static Rows<W> rows_of(const float* x, long count, long K, long padded, long group, int threads) {
     Rows<W> rows(count, K, padded, group);
     share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
-        for (long k = 0; k < K; k += PIECE) rows.fill(r, k, x + r * K + k, std::min(PIECE, K - k));
+        for (long k = 0; k < K; k += FILL_WIDTH) rows.fill(r, k, x + r * K + k, std::min(FILL_WIDTH, K - k));
     });
     return rows;
 }
@@ -56,12 +56,12 @@ template <class W>
 static void multiply(const float* x, const void* weights, const void* scales, const float* bias, float* y, long T, long K, long padded, long group,
                      long N, int threads) {
     const Rows<W> rows = rows_of<W>(x, T, K, padded, group, threads);
-    run_jobs(std::vector<Job<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N, threads}}, threads);
+    run_gemms(std::vector<Gemm<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N, threads}}, threads);
 }
 
-// out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] of them go to expert 0 and so on. With no
-// rows given assignment a is row a. up[e], down[e] are addresses of weights, *_scales of their scales; the inner width is I, padded for the
-// group to inner.
+// out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] assignments go to expert 0, and so on. Without
+// `rows`, assignment a is row a. up[e] and down[e] are addresses of weights, *_scales those of their scales. The inner width is I, padded to
+// whole groups: `inner`.
 template <class W>
 static void experts(const float* x, long num_rows, const int64_t* rows_of_x, const int64_t* counts, long num_experts, const void* const* up,
                     const void* const* up_scales, const void* const* down, const void* const* down_scales, float* out, long D, long outer, long I,
@@ -74,14 +74,14 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     if (rows_of_x) {
         chosen.resize(total);
         for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of_x[a]];
-        lay_apart(chosen, outer, room);
+        gather_rows(chosen, outer, room);
     }
-    // With many rows what the gate leaves is taken from sums that are still near. With few, long stretches of weights are read faster.
-    const bool few = total <= MOST_ROWS * num_experts;
+    // With many rows, silu(gate) * up is computed from sums that are still in a near cache. With few, long runs of weights are read faster.
+    const bool few = total <= MAX_TILE_ROWS * num_experts;
     Rows<W> middle(total, I, inner, group);
-    Room<float> gate_up(few ? total * 2 * I : 0);
-    std::vector<GatedJob<W, Rows<W>>> gated;
-    std::vector<Job<W>> ups, downs;
+    AlignedBuffer<float> gate_up(few ? total * 2 * I : 0);
+    std::vector<GatedGemm<W, Rows<W>>> gated;
+    std::vector<Gemm<W>> ups, downs;
     for (long e = 0, first = 0; e < num_experts; first += counts[e++]) {
         if (!counts[e]) continue;
         const W w = Weights<W>::make(up[e], up_scales[e], outer, group);
@@ -89,18 +89,18 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
         else gated.push_back({w, &chosen[first], long(counts[e]), &middle, first, I});
         downs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
     }
-    run_jobs(gated, threads);
-    run_jobs(ups, threads);
+    run_gemms(gated, threads);
+    run_gemms(ups, threads);
     if (few)
         share_out(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
             float* at = &gate_up[a * 2 * I];
             gate(at, at + I, at, I);
-            for (long k = 0; k < I; k += PIECE) middle.fill(a, k, at + k, std::min(PIECE, I - k));
+            for (long k = 0; k < I; k += FILL_WIDTH) middle.fill(a, k, at + k, std::min(FILL_WIDTH, I - k));
         });
-    run_jobs(downs, threads);
+    run_gemms(downs, threads);
 }
 
-// Number k of output `place` of a panel (weights of K padded inputs) as it is held.
+// Number k of output `place` of a panel as stored, of weights with K padded inputs.
 static inline float number_of(const Bf16& w, long panel, long place, long k) {
     const uint32_t bits = uint32_t(w.weights[(panel * w.K + k) * PANEL + place % LANES * 2 + place / LANES]) << 16;
     float number;
@@ -134,19 +134,19 @@ template <class Scales, long GROUP> static inline float number_of(const Int4DotO
 }
 #endif
 
-// What numbers of such a row stand for.
+// Applies scales and offsets to a row of stored numbers.
 template <class W> static auto scale(const W& w, long panel, long place, float* row, int) -> decltype(w.scales, void()) {
     for (long g = 0; g < w.K / w.group; ++g) {
-        const typename W::Held held(w.scales + (panel * (w.K / w.group) + g) * PANEL + place / LANES * LANES);
+        const typename W::GroupScales held(w.scales + (panel * (w.K / w.group) + g) * PANEL + place / LANES * LANES);
         alignas(64) float scales[LANES], zeros[LANES];
         store(scales, held.scale);
         store(zeros, held.taken_away(W::OFFSET));
         for (long k = g * w.group; k < (g + 1) * w.group; ++k) row[k] = (row[k] - zeros[place % LANES]) * scales[place % LANES];
     }
 }
-template <class W> static void scale(const W&, long, long, float*, long) {}  // of kinds without scales
+template <class W> static void scale(const W&, long, long, float*, long) {}  // for kinds without scales
 
-// rows (T, padded K) of the matrix: those of `outputs`, counted from `first`. Of one that is none of its N outputs it is zero. Returns how many are.
+// rows (T, padded K) = the weights of `outputs`, numbered from `first`; zeros for those that are not among the N outputs. Returns how many are.
 template <class W>
 static long look_up(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group, long first, long N,
                     int threads) {
@@ -163,7 +163,7 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
         for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, place, k);
         scale(w, panel, place, row, 0);
 #if defined(__AVX512VNNI__)
-        if constexpr (std::is_same_v<W, Int8Dot>) turn_groups(row, padded / group, true);
+        if constexpr (std::is_same_v<W, Int8Dot>) rotate_groups(row, padded / group, true);
 #endif
     });
     return found;
@@ -198,10 +198,10 @@ KIND(int4_zeros, Int4Zeros)
 KIND(int8_dot, Int8Dot)
 KIND(int4_dot, Int4Dot)
 KIND(int4_zeros_dot, Int4ZerosDot)
-// x (groups, 128) in place: see turn_groups.
+// x (groups, 128) in place; see rotate_groups.
 void manta_turn(float* x, long groups, int back, int threads) {
     const long parts = (groups + 511) / 512;
-    share_out(parts, threads, [&](long part) { turn_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
+    share_out(parts, threads, [&](long part) { rotate_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
 }
 #endif
 }

@@ -1,7 +1,7 @@
-// y = x W^T for a packed W, the same sum in the same order for every number of rows.
+// Matrix products y = x W^T with packed weights W.
 //
-// Outputs lie in panels of PANEL = 2 * LANES. A tile is some rows by some panels in registers; each output is one
-// chain of multiply-adds over rising k, so a row's result does not depend on which rows are computed beside it.
+// Outputs are stored in panels of PANEL = 2 * LANES. A tile keeps the sums of a few rows and panels in registers. Every output is one chain of
+// multiply-adds over increasing k, so the result of a row does not depend on the other rows of the batch.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -13,55 +13,57 @@
 #include "tasks.h"
 
 constexpr int PANEL = 2 * LANES;
-constexpr int CHUNK = 4;        // panels that one task computes where there are few rows
-constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
-constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // so that a panel's part stays in a near cache while all rows pass
+constexpr int CHUNK = 4;        // panels per task with few rows
+constexpr int WIDE_CHUNK = 8;   // and with many rows, which are then read less often
+constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // a panel's slice stays in a near cache while all rows are multiplied with it
 constexpr long ROW_BLOCK = 96;
-constexpr long FEW_TASKS = 8;   // per thread: so few are cut to come out even
-constexpr long TASK_NUMBERS = 1 << 18;  // rows times inputs times panels of one of few tasks, as threads wait for the last one
+constexpr long FEW_TASKS = 8;   // per thread; with fewer tasks than this their sizes are balanced
+constexpr long TASK_NUMBERS = 1 << 18;  // then: rows times inputs times panels of a task, as all threads wait for the last one
 
 
-// Memory that is written before it is read (a vector would fill it with zeros first), in whole lines of a cache.
-template <class T> class Room {
+// Uninitialised memory, aligned to cache lines. (A vector would be filled with zeros first.)
+template <class T> class AlignedBuffer {
     struct Free {
         void operator()(T* at) const { ::operator delete[](at, std::align_val_t(64)); }
     };
     std::unique_ptr<T[], Free> first;
 
 public:
-    explicit Room(size_t count) : first((T*)::operator new[](count * sizeof(T), std::align_val_t(64))) {}
+    explicit AlignedBuffer(size_t count) : first((T*)::operator new[](count * sizeof(T), std::align_val_t(64))) {}
     T& operator[](size_t i) { return first[i]; }
 };
 
-// What a tile's sums begin with: a bias or nothing, the same for all rows (stride 0), or what was summed up before. So nobody fills results with
-// zeros before they are computed.
-struct Begin {
-    const float* at;  // of panel p: at + p * PANEL
+// Initial values of a tile's sums: a bias or zeros, the same for all rows (stride 0), or the sums of earlier inputs. Results need not be zeroed
+// first.
+struct InitialSums {
+    const float* at;  // panel p starts at at + p * PANEL
     long stride;
 
     INLINE Floats load(int r, int p, int h) const { return ::load(at + r * stride + p * PANEL + h * LANES); }
 };
-alignas(64) static const float NOTHING[4 * PANEL] = {};  // as many panels as a tile has at most
+alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that a tile has
 
-// What kinds of weights have in common: `Row` is what a row of x has become, `tile` writes to sums what they begin with and up to MOST rows x
-// panels over k0..k1, and may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. More rows than MOST are
-// cut into parts of up to OF_MANY. Up to PARTS_BY_PANEL of them one panel meets all rows before the next one, which is fetched meanwhile; with more
-// the same rows meet all panels. What becomes of rows is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a
-// row at a time.
-constexpr long PIECE = 128;
+// Interface of weight kinds (Fp32Product, Bf16Dot, and those of integers.h):
+// - `Row` is a row of x in the form that is multiplied. A class of rows is constructed with (count, K, padded K, group) and filled FILL_WIDTH numbers
+//   of a row at a time.
+// - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`. It may prefetch what lies
+//   `ahead` input features (counted through adjacent panels) behind what it reads.
+// - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
+//   the next panel is prefetched; with more parts, each part is multiplied with all panels.
+constexpr long FILL_WIDTH = 128;
 
-// R rows of numbers that lie equally far apart: few addresses for many rows, which else would not stay in registers.
-template <int R, class Number> class Apart {
+// R rows at equal distances. Few base addresses serve many rows; one address per row would not fit into registers.
+template <int R, class Number> class StridedRows {
     const Number* first[(R + 3) / 4];
     long once, thrice;
 
 public:
-    template <class Row> INLINE Apart(const Row* rows, long k) {
+    template <class Row> INLINE StridedRows(const Row* rows, long k) {
         once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
         thrice = 3 * once;
         each<(R + 3) / 4>([&](auto i) INLINED { first[i] = rows[0].x + 4 * i * once + k; });
     }
-    template <int r> INLINE Words at() const {  // 32 bits of row r, in all lanes
+    template <int r> INLINE Words at() const {  // 32 bits of row r, broadcast
         int32_t number;
         memcpy(&number, first[r / 4] + (r % 4 == 3 ? thrice : r % 4 * once), 4);
         return all_words(number);
@@ -74,9 +76,9 @@ public:
     }
 };
 
-// Rows chosen from others become such again: they are copied to `room`, `padded` numbers each. Other kinds take any rows.
-template <class Row> static inline void lay_apart(std::vector<Row>& rows, long padded, std::vector<char>& room) {
-    if constexpr (Row::APART) {
+// Copies selected rows to `room`, `padded` numbers each, so that they are at equal distances again. Kinds that do not need it keep their rows.
+template <class Row> static inline void gather_rows(std::vector<Row>& rows, long padded, std::vector<char>& room) {
+    if constexpr (Row::STRIDED) {
         const size_t bytes = padded * sizeof(*rows[0].x);
         room.resize(rows.size() * bytes);
         for (size_t r = 0; r < rows.size(); ++r) {
@@ -87,12 +89,12 @@ template <class Row> static inline void lay_apart(std::vector<Row>& rows, long p
 }
 
 struct FloatRow {
-    static constexpr bool APART = false;
+    static constexpr bool STRIDED = false;
     const float* x;
 };
 
 class FloatRows {
-    Room<float> numbers;
+    AlignedBuffer<float> numbers;
     long K;
 
 public:
@@ -106,7 +108,7 @@ public:
 
 struct PairedBf16 {  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
     using Number = uint16_t;
-    static INLINE void load_both(const uint16_t* at, Floats& low, Floats& high) {
+    static INLINE void load_panel(const uint16_t* at, Floats& low, Floats& high) {
         const Words pair = load_words(at);
         low = as_floats(left<16>(pair));
         high = as_floats(both(pair, all_words(int32_t(0xffff0000))));
@@ -115,25 +117,25 @@ struct PairedBf16 {  // [panel][k][lane](low half: output lane, high half: outpu
 
 struct PlainFp32 {  // [panel][k][output]
     using Number = float;
-    static INLINE void load_both(const float* at, Floats& low, Floats& high) {
+    static INLINE void load_panel(const float* at, Floats& low, Floats& high) {
         low = load(at);
         high = load(at + LANES);
     }
 };
 
-template <class Stored> struct Exact {
+template <class Stored> struct Fp32Product {
     using Number = typename Stored::Number;
     const Number* weights;
     long K;
     using Row = FloatRow;
-    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
-    static constexpr long PARTS_BY_PANEL = 0;
+    static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
+    static constexpr long PANEL_MAJOR_PARTS = 0;
 
-    static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
+    static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, within the number of registers
         return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
     }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
         Floats sum[R][P][2];
         const Number* w[P];
         const float* x[R];
@@ -141,13 +143,13 @@ template <class Stored> struct Exact {
         for (int r = 0; r < R; ++r) x[r] = rows[r].x;
         for (int r = 0; r < R; ++r)
             for (int p = 0; p < P; ++p)
-                for (int h = 0; h < 2; ++h) sum[r][p][h] = begin.load(r, p, h);
+                for (int h = 0; h < 2; ++h) sum[r][p][h] = initial.load(r, p, h);
         for (long k = k0; k < k1; ++k) {
             Floats low[P], high[P];
             for (int p = 0; p < P; ++p) {
                 const Number* at = w[p] + k * PANEL;
                 if (R <= 2) _mm_prefetch((const char*)(at + 16 * PANEL), _MM_HINT_T0);
-                Stored::load_both(at, low[p], high[p]);
+                Stored::load_panel(at, low[p], high[p]);
             }
             for (int r = 0; r < R; ++r) {
                 Floats value = all(x[r][k]);
@@ -163,38 +165,38 @@ template <class Stored> struct Exact {
     }
 };
 
-using Bf16 = Exact<PairedBf16>;
-using Fp32 = Exact<PlainFp32>;
+using Bf16 = Fp32Product<PairedBf16>;
+using Fp32 = Fp32Product<PlainFp32>;
 
 #if defined(__AVX512BF16__)
-// Rows rounded to bfloat16, multiplied two input features at a time (VDPBF16PS), summed in float32.
+// Rows rounded to bfloat16, multiplied two input features at a time (VDPBF16PS) and summed in float32.
 struct Bf16Row {
-    static constexpr bool APART = true;
+    static constexpr bool STRIDED = true;
     const uint16_t* x;
 };
 
 struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
-    long K;                   // even: filled up with a zero
+    long K;                   // even: padded with a zero
     using Row = Bf16Row;
-    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
-    static constexpr long PARTS_BY_PANEL = 2;
+    static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
+    static constexpr long PANEL_MAJOR_PARTS = 2;
 
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         Floats sum[R][P][2];
         const uint16_t* w[P];
-        Apart<R, uint16_t> x(rows, k0);
+        StridedRows<R, uint16_t> x(rows, k0);
         each<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
         each<R>([&](auto r) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = begin.load(r, p, h); }); });
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = initial.load(r, p, h); }); });
         });
         for (long k = k0; k < k1; k += 2) {
             Words pairs[P][2];
             each<P>([&](auto p) INLINED {
                 const uint16_t* at = w[p] + k * PANEL;
-                if (R <= 2 || R == 7 || R == 8) {  // with other numbers of rows it costs more than it gives
+                if (R <= 2 || R == 7 || R == 8) {  // for other numbers of rows prefetching costs more than it saves (measured)
                     fetch(at + ahead * PANEL);
                     fetch(at + (ahead + 1) * PANEL);
                 }
@@ -215,7 +217,7 @@ struct Bf16Dot {
 };
 
 class Bf16Rows {
-    Room<uint16_t> numbers;
+    AlignedBuffer<uint16_t> numbers;
     long padded;
 
 public:
@@ -239,23 +241,23 @@ public:
 
 constexpr long ADJACENT = INT64_MIN;
 
-// sums = bias (null: none) and the products of `count` rows (in parts as near to equal as they go) with `panels` panels. Few rows prefetch the
-// panel that comes after the last: the adjacent one, or the one `next` panels further.
+// sums = bias (may be null) + the products of `count` rows, split into parts of nearly equal size, with `panels` panels. With few rows the panel
+// after the last one is prefetched: the adjacent one, or the one at a distance of `next` panels.
 template <class W>
 static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride,
                   long next = ADJACENT) {
-    const long parts = count <= W::MOST ? 1 : (count + W::OF_MANY - 1) / W::OF_MANY;
-    const auto beginning = [&](long p) { return Begin{bias ? bias + p * PANEL : NOTHING, 0}; };
-    if (w.K == 0)  // nothing to add up
+    const long parts = count <= W::MAX_ROWS ? 1 : (count + W::PART_ROWS - 1) / W::PART_ROWS;
+    const auto initial_of = [&](long p) { return InitialSums{bias ? bias + p * PANEL : NO_BIAS, 0}; };
+    if (w.K == 0)  // no products
         for (long r = 0; r < count; ++r)
-            for (long p = 0; p < panels; ++p) memcpy(sums + r * stride + p * PANEL, beginning(p).at, sizeof(float) * PANEL);
+            for (long p = 0; p < panels; ++p) memcpy(sums + r * stride + p * PANEL, initial_of(p).at, sizeof(float) * PANEL);
     if (parts == 1) {
-        with_rows<W::MOST>(count, [&](auto some) {
+        with_rows<W::MAX_ROWS>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
             const auto pass = [&](auto wide, long p) {
                 const bool is_last = p + wide.value == panels;
                 const long ahead = (is_last && next != ADJACENT ? next : long(wide.value)) * w.K;
-                w.template tile<R, wide.value>(rows, panel + p, 0, w.K, beginning(p), sums + p * PANEL, stride, ahead);
+                w.template tile<R, wide.value>(rows, panel + p, 0, w.K, initial_of(p), sums + p * PANEL, stride, ahead);
             };
             long p = 0;
             for (; p + P <= panels; p += P) pass(std::integral_constant<int, P>(), p);
@@ -270,13 +272,13 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
     const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
         const long first = rows_at(part);
         float* to = sums + first * stride + p * PANEL;
-        with_rows<W::OF_MANY>(rows_at(part + 1) - first, [&](auto some) {
-            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, k0 ? Begin{to, stride} : beginning(p), to, stride, ahead);
+        with_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto some) {
+            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
         });
     };
     for (long k0 = 0; k0 < w.K; k0 += K_BLOCK) {
         const long k1 = std::min(w.K, k0 + K_BLOCK);
-        if (parts <= W::PARTS_BY_PANEL)
+        if (parts <= W::PANEL_MAJOR_PARTS)
             for (long p = 0; p < panels; ++p) {
                 const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
                 for (long part = 0; part < parts; ++part) pass(part, p, k0, k1, part + 1 < parts ? 0 : next);
@@ -288,7 +290,7 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
 }
 
 // y (count, N) = rows W^T + bias; bias may be null.
-template <class W> struct Job {
+template <class W> struct Gemm {
     W w;
     const typename W::Row* rows;
     long count;
@@ -300,7 +302,7 @@ template <class W> struct Job {
     long panels() const { return (N + PANEL - 1) / PANEL; }
     long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
     long chunks() const {
-        const long most = count <= 4 * MOST_ROWS ? CHUNK : WIDE_CHUNK, found = (panels() + most - 1) / most;
+        const long most = count <= 4 * MAX_TILE_ROWS ? CHUNK : WIDE_CHUNK, found = (panels() + most - 1) / most;
         if (found * blocks() >= FEW_TASKS * threads) return found;
         const long smaller = std::min(most, std::max(1L, TASK_NUMBERS / std::max(1L, count * w.K))), more = (panels() + smaller - 1) / smaller;
         return std::min(panels(), (more + threads - 1) / threads * threads);
@@ -308,10 +310,10 @@ template <class W> struct Job {
     long tasks() const { return chunks() * blocks(); }
 
     struct Part {
-        long first, last, panel, panels;  // rows first .. last - 1, and so many panels
+        long first, last, panel, panels;  // rows first .. last - 1; the first panel and their number
     };
     Part part(long task) const {
-        // Neighbouring tasks have the same panels: the rows are smaller than the weights.
+        // Consecutive tasks share panels, as the rows are smaller than the weights.
         const long c = task / blocks(), b = task % blocks(), panel = c * panels() / chunks();
         return {b * count / blocks(), (b + 1) * count / blocks(), panel, (c + 1) * panels() / chunks() - panel};
     }
@@ -319,7 +321,7 @@ template <class W> struct Job {
     void run(long task) const {
         const auto [first, last, panel, some] = part(task);
         const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
-        const long whole = width / PANEL;  // panels that are summed up where they are wanted
+        const long whole = width / PANEL;  // panels whose sums are written directly to y
         if (whole) block(w, rows + first, last - first, panel, whole, bias ? bias + column : nullptr, y + first * N + column, N);
         if (whole == some) return;
         alignas(64) static thread_local float sums[ROW_BLOCK * PANEL];
@@ -330,35 +332,35 @@ template <class W> struct Job {
     }
 };
 
-// middle (count rows from `first` on, I) = silu(rows gate^T) * rows up^T, for weights whose first I outputs are the gate's and the others up's.
-template <class W, class Middle> struct GatedJob {
+// middle (count rows from `first` on, I) = silu(rows gate^T) * rows up^T. The first I outputs of the weights are the gate's, the others are up's.
+template <class W, class Middle> struct GatedGemm {
     W w;
     const typename W::Row* rows;
     long count;
     Middle* middle;
     long first, I;
 
-    static constexpr long STRIDE = 2 * PIECE + PANEL;
+    static constexpr long STRIDE = 2 * FILL_WIDTH + PANEL;
 
     long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
-    long tasks() const { return (I + PIECE - 1) / PIECE * blocks(); }
+    long tasks() const { return (I + FILL_WIDTH - 1) / FILL_WIDTH * blocks(); }
 
     void run(long task) const {
-        const long column = task / blocks() * PIECE, b = task % blocks(), width = std::min(PIECE, I - column);
+        const long column = task / blocks() * FILL_WIDTH, b = task % blocks(), width = std::min(FILL_WIDTH, I - column);
         const long begin = b * count / blocks(), end = (b + 1) * count / blocks();
-        const long panel = (I + column) / PANEL, apart = (I + column) % PANEL;  // of up's outputs
+        const long panel = (I + column) / PANEL, apart = (I + column) % PANEL;  // where up's outputs begin
         alignas(64) static thread_local float sums[ROW_BLOCK * STRIDE];
         block(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, nullptr, sums, STRIDE);
-        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, nullptr, sums + PIECE, STRIDE);
+        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, nullptr, sums + FILL_WIDTH, STRIDE);
         for (long r = begin; r < end; ++r) {
             float* at = sums + (r - begin) * STRIDE;
-            gate(at, at + PIECE + apart, at, width);
+            gate(at, at + FILL_WIDTH + apart, at, width);
             middle->fill(first + r, column, at, width);
         }
     }
 };
 
-template <class Job> static void run_jobs(const std::vector<Job>& jobs, int threads) {
+template <class Gemm> static void run_gemms(const std::vector<Gemm>& jobs, int threads) {
     std::vector<long> ends;
     long total = 0;
     for (const auto& job : jobs) ends.push_back(total += job.tasks());

@@ -135,13 +135,13 @@ static inline void turn(Floats& a, Floats& b, Floats& c, Floats& d) {
 static INLINE void hold(Words& x) { asm volatile("" : "+v"(x)); }
 template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"(p)); }
 
-constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // with two accumulator registers each, this leaves enough registers for the operands
+constexpr int MAX_TILE_ROWS = LANES == 16 ? 12 : 6;  // with two accumulator registers each, this leaves enough registers for the operands
 
 // Prefetches a cache line into L2 and not L1, where it would evict what is being multiplied.
 static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
 // Calls run with the number of rows as a compile-time constant.
-template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
+template <int R = MAX_TILE_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
     if (count == R) run(std::integral_constant<int, R>());
     else if constexpr (R > 1) with_rows<R - 1>(count, run);
 }

@@ -59,7 +59,7 @@ struct Mlp {
                   down.padded, up.group, threads);
             return;
         }
-        Room<float> both(T * up.outputs), middle(T * down.inputs);
+        AlignedBuffer<float> both(T * up.outputs), middle(T * down.inputs);
         up.multiply(x, &both[0], T, threads);
         manta_gate(&both[0], &middle[0], T, down.inputs, threads);
         down.multiply(&middle[0], out, T, threads);
@@ -128,13 +128,13 @@ extern "C" {
 void manta_attention_half(const AttentionSublayer* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
     const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *half;
     const long T = batch->T, width = (H + 2 * G) * K, decodes = batch->decodes, M = batch->M;
-    Room<float> all(T * width);
+    AlignedBuffer<float> all(T * width);
     {
-        Room<float> normed(T * qkv.inputs);
+        AlignedBuffer<float> normed(T * qkv.inputs);
         norm.add(x, delta, &normed[0], T, qkv.inputs, threads);
         qkv.multiply(&normed[0], &all[0], T, threads);
     }
-    Room<float> q(T * H * K), k(T * G * K), attended(T * H * K);
+    AlignedBuffer<float> q(T * H * K), k(T * G * K), attended(T * H * K);
     manta_rotate(&all[0], width, batch->cos, batch->sin, &q[0], T, H, K, threads);
     manta_rotate(&all[H * K], width, batch->cos, batch->sin, &k[0], T, G, K, threads);
     write(&k[0], &all[(H + G) * K], G * K, width, batch->slots, keys, values, T, G * K, threads);
@@ -149,7 +149,7 @@ void manta_attention_half(const AttentionSublayer* half, const Batch* batch, flo
 // x (T, D) += delta, which may be null; out (T, D) = mlp(norm(x)).
 void manta_mlp_half(const MlpSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
     const long D = half->mlp.up.inputs;
-    Room<float> normed(T * D);
+    AlignedBuffer<float> normed(T * D);
     half->norm.add(x, delta, &normed[0], T, D, threads);
     half->mlp.run(&normed[0], out, T, threads);
 }
@@ -179,7 +179,7 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
     std::vector<int64_t> rows(total);
     for (long a = 0; a < N * A; ++a)
         if (ids[a] >= 0) rows[place[a] = next[ids[a]]++] = a / A;
-    Room<float> y(total * D);
+    AlignedBuffer<float> y(total * D);
     if (total)
         run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
             threads);
@@ -216,8 +216,8 @@ static void choose(const float* logits, long E, long A, bool renormalise, int64_
 long manta_moe_half(const MoeSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
     const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
     const long D = router.inputs, E = router.outputs;
-    Room<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
-    Room<int64_t> ids(T * A);
+    AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
+    AlignedBuffer<int64_t> ids(T * A);
     norm.add(x, delta, &normed[0], T, D, threads);
     router.multiply(&normed[0], &logits[0], T, threads);
     for (long t = 0; t < T; ++t) choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A]);

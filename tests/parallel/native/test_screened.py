@@ -150,8 +150,8 @@ def test_the_8_bit_copy_equals_int8(library: Native) -> None:
     found = unpack(screen.rough)[:, :200]
     assert (found - weight).abs().max() <= 3 / 253 * weight.abs().max()  # as tests of `linear` say of int8_dot
     lost_P = torch.nn.functional.pad((found - weight).norm(dim=-1), (0, 19)).view(-1, 32).amax(-1)
-    assert (screen.lengths[1] >= lost_P).all()
-    assert (screen.lengths[1] <= 1.2 * lost_P).all()  # what is lost of features that fill up the last group counts there too
+    assert (screen.norms[1] >= lost_P).all()
+    assert (screen.norms[1] <= 1.2 * lost_P).all()  # what is lost of features that fill up the last group counts there too
 
 
 def test_a_head_that_does_not_gain_backs_off(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_a_nan_or_zero_norm_makes_its_panel_a_candidate(library: Native, monkeyp
         weight = random(320, 256)
         weight[70, 3] = weight[70, 4] = bad
         screen = made(library, weight)
-        assert screen.lengths.isfinite().all(0).tolist() == [panel != 2 for panel in range(10)]
+        assert screen.norms.isfinite().all(0).tolist() == [panel != 2 for panel in range(10)]
     for size in (1e-19, 1e-22, 1e-25, 1e-30, 1e-36):
         check(library, made(library, random(3000, 256)), random(40, 256, seed=3) * size, 1)
     weight = random(3000, 256)
