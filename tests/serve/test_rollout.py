@@ -99,5 +99,5 @@ def test_what_ray_serve_says_of_a_deployment_that_failed_is_passed_on(monkeypatc
 
 
 def test_an_application_that_somebody_takes_away_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, told: list[Any]) -> None:
-    with pytest.raises(StartError, match="taken away"):
+    with pytest.raises(StartError, match="removed"):
         run(Script((DEPLOYING, {}), (None, {})), monkeypatch, told)
