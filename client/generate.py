@@ -1,11 +1,11 @@
 """Generate the protobuf and gRPC stubs of client and server, and docs/grpc.md, from `client/proto`: `python client/generate.py`.
 
-What was generated last is kept as `proto/committed.binpb`, and a change that breaks its clients is refused (`buf breaking`),
-unless it is said to be meant: `--breaking`.
+The protocol that the stubs were last generated from is kept as `proto/committed.binpb`. A change that breaks its clients is refused
+(`buf breaking`), except with `--breaking`.
 
-The tool is pinned here and fetched into a temporary folder: generated code refuses a protobuf or grpcio older than the
-tool that made it, so an old tool keeps the client installable beside many versions. Client and server each keep their
-own copy (neither imports the other); both describe the same files to protobuf, which takes the second as the first.
+The compiler is pinned here and installed into a temporary folder: generated code refuses a protobuf or grpcio older than the
+compiler that made it, so an old compiler keeps the client installable beside many versions. Client and server have a copy each
+(neither imports the other). Both register the same files with protobuf, which accepts the second registration.
 """
 
 import os
@@ -26,9 +26,9 @@ COPIES = {
     "manta_client._generated": CLIENT / "src/manta_client/_generated",
     "serve.grpc.generated": CLIENT.parent / "serve/grpc/generated",
 }
-"""Import name of each copy and the folder it lives in."""
+"""The folder of each copy, by its import name."""
 COMMITTED = PROTO / "committed.binpb"
-"""What the .proto files said when the stubs were last generated, as buf writes it."""
+"""The .proto files from which the stubs were last generated, as a buf image."""
 PAGE = CLIENT.parent / "docs/grpc.md"
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     if COMMITTED.exists() and "--breaking" not in sys.argv:
         broken = breaking(PROTO, COMMITTED)
         if broken:
-            sys.exit(f"this breaks clients of what was generated last (--breaking if it is meant):\n{broken}")
+            sys.exit(f"this change breaks existing clients (use --breaking if that is intended):\n{broken}")
     with tempfile.TemporaryDirectory() as folder:
         stubs = generate(Path(folder))
     for package, target in COPIES.items():
@@ -49,19 +49,19 @@ def main() -> None:
 
 
 def buf() -> str:
-    """The command: beside the interpreter, as PyPI's buf-bin installs it, or on the path."""
+    """The buf command: beside the interpreter, where PyPI's buf-bin installs it, or on the path."""
     return shutil.which("buf", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))) or "buf"
 
 
 def breaking(proto: Path, before: Path) -> str:
-    """What in the folder `proto` breaks clients of `before`; empty if nothing does."""
+    """The changes in the folder `proto` that break clients of `before`; empty if there are none."""
     command = [buf(), "breaking", "--against", str(before)]
     result = subprocess.run(command, cwd=proto, capture_output=True, text=True, check=False)
     return "" if result.returncode == 0 else result.stdout or result.stderr
 
 
 def generate(folder: Path) -> dict[str, str]:
-    """Run the pinned tool; file name to text, as the tool wrote it."""
+    """Run the pinned compiler. Returns its output: text by file name."""
     tool, output = folder / "tool", folder / "output"
     output.mkdir()
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--target", tool, TOOL], check=True)
@@ -76,7 +76,7 @@ def generate(folder: Path) -> dict[str, str]:
 
 
 def rehome(text: str, package: str) -> str:
-    """Let a stub live in `package`: siblings import each other there, and pickled messages (Ray does) name it."""
+    """Make a stub importable in `package`: for its imports of siblings, and for pickled messages (Ray pickles them)."""
     module = PACKAGE.replace("/", ".")
     text = re.sub(rf"^from {re.escape(module)} import", "from . import", text, flags=re.MULTILINE)
     return re.sub(rf"'{re.escape(module)}\.(\w+_pb2)'", rf"'{package}.\1'", text)

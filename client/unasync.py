@@ -1,6 +1,6 @@
-"""Write the synchronous client from the asynchronous one: `python client/unasync.py` (`--check` only compares).
+"""Generate the synchronous client from the asynchronous one: `python client/unasync.py` (`--check` only compares).
 
-Both are the same code; what differs is in the table below. Words are replaced whole, in order.
+The table below has all differences. The replacements are applied in order.
 """
 
 import re

@@ -21,7 +21,7 @@ def test_an_endpoint_is_read(text: str, target: str, secure: bool) -> None:
     "text", ["http://example.org:80", "grpc://example.org", "grpc://:9000", "grpc://a:port", "grpc://a:1/path", "grpc://a:99999"]
 )
 def test_what_is_no_endpoint_is_refused_and_the_form_is_named(text: str) -> None:
-    with pytest.raises(InvalidEndpoint, match="say grpc://host:port"):
+    with pytest.raises(InvalidEndpoint, match="use grpc://host:port"):
         Endpoint.parse(text)
 
 

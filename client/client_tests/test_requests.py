@@ -40,7 +40,7 @@ def test_messages_have_roles_and_content() -> None:
 
 @pytest.mark.parametrize("role", ["wizard", "unspecified", ""])
 def test_an_unknown_role_is_refused(role: str) -> None:
-    with pytest.raises(ValueError, match="is none of system, user, assistant"):
+    with pytest.raises(ValueError, match="use one of system, user, assistant"):
         chat_request(model="m", messages=[{"role": role, "content": "Hi"}], priority=0, options={})
 
 

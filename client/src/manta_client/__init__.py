@@ -10,6 +10,7 @@ from ._async.client import AsyncClient
 from ._async.stream import AsyncStream
 from ._sync.client import Client
 from ._sync.stream import Stream
+from .admin_info import Load, Rank, Replica, ReplicaLoad, ServerInfo
 from .answers import (
     ChatCompletion,
     Choice,
@@ -42,7 +43,6 @@ from .errors import (
     StreamBroken,
     Unavailable,
 )
-from .operating import Load, Rank, Replica, ReplicaLoad, ServerInfo
 from .requests import Options
 
 __version__ = "0.1.0"

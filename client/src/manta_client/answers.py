@@ -1,4 +1,4 @@
-"""What calls give back. Every answer keeps the protobuf message it was read from as `.raw`."""
+"""The results of calls. Each keeps its protobuf message as `.raw`."""
 
 from dataclasses import dataclass, field
 
@@ -7,18 +7,18 @@ from ._generated import messages_pb2, service_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class TopLogprob:
-    """A token that could have come at one place."""
+    """An alternative token at one position."""
 
     token_id: int
     token: str
-    """The token alone; bytes that are no character by themselves show as U+FFFD."""
+    """The token alone; bytes that are not a whole character become U+FFFD."""
     bytes: bytes
     logprob: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """The token that came at one place, and the most probable ones there."""
+    """The token at one position, and the most probable ones there."""
 
     token_id: int
     token: str
@@ -35,22 +35,22 @@ class Usage:
     completion_tokens: int
     total_tokens: int
     cached_tokens: int
-    """Prompt tokens that were in the server's prefix cache."""
+    """Prompt tokens found in the server's prefix cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A tool that the model asks for."""
+    """A tool call by the model."""
 
     id: str
     name: str
     arguments: str
-    """JSON that fits the tool's schema, unless the answer was cut off at its length."""
+    """JSON that fits the tool's schema, unless the answer was cut off at its maximum length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCallDelta:
-    """News of a call: its beginning, with id and name, or more of its arguments."""
+    """Part of a call: its beginning, with id and name, or more of its arguments."""
 
     index: int
     id: str | None
@@ -67,13 +67,13 @@ class Choice:
     finish_reason: str
     """"stop", "length" or "tool_calls"."""
     stop_reason: str | int | None
-    """The stop string or stop token id that ended it; None at the model's own end or a length."""
+    """The stop string or stop token id that ended it; None at the model's end of sequence or the maximum length."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
-    """One per token id if asked for, else empty."""
+    """One per token id if they were requested, else empty."""
     tool_calls: tuple[ToolCall, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the prompt's tokens from the second on, with `echo` if log-probabilities were asked for."""
+    """With `echo` and log-probabilities: of the prompt's tokens from the second on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +110,16 @@ class ChatCompletion:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """What a text means to the model, as a vector."""
+    """The vector of one input."""
 
     index: int
-    """Which input it is of."""
+    """The index of the input."""
     vector: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingList:
-    """One for each input, in their order."""
+    """The vectors of all inputs, in their order."""
 
     id: str
     model: str
@@ -129,7 +129,7 @@ class EmbeddingList:
 
     @property
     def vector(self) -> tuple[float, ...]:
-        """That of the first input."""
+        """The vector of the first input."""
         return self.data[0].vector
 
 
@@ -140,7 +140,7 @@ class Delta:
     index: int
     text: str = ""
     offset: int = 0
-    """Output place of the first of `token_ids`."""
+    """Output position of the first of `token_ids`."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[ToolCallDelta, ...] = ()
@@ -158,24 +158,24 @@ class Tokenization:
 
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
-    """Each token's text by itself if asked for; bytes that are no character by themselves show as U+FFFD."""
+    """The text of each token, if requested; bytes that are not a whole character become U+FFFD."""
     max_model_len: int
-    """Prompt and output tokens that the model takes together, at most."""
+    """Maximum of prompt and output tokens together."""
     raw: service_pb2.TokenizeResponse = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model the server answers for."""
+    """A model of the server."""
 
     id: str
     created: int
     """Unix seconds."""
     owned_by: str
     max_model_len: int
-    """Prompt and output tokens together, at most."""
+    """Maximum of prompt and output tokens together."""
     root: str = ""
-    """What it is made of by its own name: the adapter if there is one, else the checkpoint."""
+    """Its source: the adapter if there is one, else the checkpoint."""
     parent: str | None = None
     """The checkpoint that the adapter is added to; None without an adapter."""
     raw: messages_pb2.Model = field(repr=False, compare=False)

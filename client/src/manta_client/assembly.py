@@ -1,4 +1,4 @@
-"""Puts the events of a stream together, and tells a whole answer from a cut one."""
+"""Assembles the events of a stream into an answer, and detects incomplete ones."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from . import convert
 from ._generated import messages_pb2, service_pb2
 from .answers import ChatCompletion, Completion, Delta, Usage
 from .errors import StreamBroken
-from .failures import from_event
+from .rpc_errors import from_event
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
 Event = service_pb2.ChatStreamResponse | service_pb2.GenerateStreamResponse
@@ -17,7 +17,7 @@ Event = service_pb2.ChatStreamResponse | service_pb2.GenerateStreamResponse
 
 @dataclass
 class PartialChoice:
-    """What has come of one choice."""
+    """What has arrived of one choice."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -44,11 +44,11 @@ class Assembly(Generic[Answer]):
         self._build: Callable[[Assembly[Answer]], Answer] = build
 
     def add(self, event: Event) -> Delta | None:
-        """Take in one event; a delta or finish is given back.
+        """Add an event. Returns the `Delta` of a delta or finish, else None.
 
         Raises:
             CallFailed: it is an error event.
-            StreamBroken: tokens are missing before it.
+            StreamBroken: tokens before it are missing.
         """
         self.id = event.id
         kind = event.WhichOneof("event")
@@ -67,7 +67,7 @@ class Assembly(Generic[Answer]):
         return self.usage is not None and all(choice.finish is not None for choice in self.choices.values())
 
     def so_far(self) -> list[messages_pb2.SoFar]:
-        """What a server needs to know to send the rest."""
+        """What a server needs to know in order to send the rest."""
         return [
             messages_pb2.SoFar(index=index, token_ids=choice.token_ids, finished=choice.finish is not None)
             for index, choice in sorted(self.choices.items())
@@ -77,7 +77,7 @@ class Assembly(Generic[Answer]):
         """The whole answer.
 
         Raises:
-            StreamBroken: it is not whole.
+            StreamBroken: it is incomplete.
         """
         if not self.is_whole:
             raise StreamBroken(f"the stream of request {self.id or '(none)'} ended before its answer did")
@@ -113,7 +113,7 @@ class Assembly(Generic[Answer]):
 
 
 def build_chat(assembly: Assembly[ChatCompletion]) -> ChatCompletion:
-    """A chat's answer, as Chat would have given it."""
+    """The answer of a chat, as the unary call `Chat` would return it."""
     choices = [
         messages_pb2.ChatChoice(
             message=messages_pb2.Message(
@@ -131,7 +131,7 @@ def build_chat(assembly: Assembly[ChatCompletion]) -> ChatCompletion:
 
 
 def build_completion(assembly: Assembly[Completion]) -> Completion:
-    """A completion's answer, as Generate would have given it."""
+    """The answer of a completion, as the unary call `Generate` would return it."""
     choices = [
         messages_pb2.GenerateChoice(text=choice.text, prompt_logprobs=choice.prompt_logprobs, **_shared(index, choice))  # type: ignore[arg-type]
         for index, choice in sorted(assembly.choices.items())

@@ -1,4 +1,4 @@
-"""From protobuf answers to this library's dataclasses."""
+"""Converts protobuf responses to this library's dataclasses."""
 
 from collections.abc import Iterable
 
@@ -119,7 +119,7 @@ def _logprobs(messages: Iterable[messages_pb2.TokenLogprob]) -> tuple[TokenLogpr
 
 
 def _finish_reason(value: int) -> str:
-    """FINISH_REASON_STOP as "stop"; a reason newer than this library as its number."""
+    """FINISH_REASON_STOP becomes "stop". A reason newer than this library becomes its number."""
     known = messages_pb2.FinishReason.DESCRIPTOR.values_by_number.get(value)
     return known.name.removeprefix("FINISH_REASON_").lower() if known else str(value)
 

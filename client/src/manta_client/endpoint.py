@@ -1,4 +1,4 @@
-"""Where the server is, and whether a key may be sent there."""
+"""The server's address, and whether a key may be sent there."""
 
 import ipaddress
 import os
@@ -21,10 +21,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str) -> "Endpoint":
-        """Read an endpoint; without a scheme it is `grpc://`.
+        """Parse an endpoint; the default scheme is `grpc://`.
 
         Raises:
-            InvalidEndpoint: it is not of that form.
+            InvalidEndpoint: it does not have that form.
         """
         url = urlsplit(text if "://" in text else f"grpc://{text}")
         try:
@@ -32,12 +32,12 @@ class Endpoint:
         except ValueError:
             port = None
         if url.scheme not in ("grpc", "grpcs") or not url.hostname or port is None or url.path.strip("/"):
-            raise InvalidEndpoint(f"{text!r} is no endpoint: say grpc://host:port, or grpcs://host:port for TLS")
+            raise InvalidEndpoint(f"{text!r} is not an endpoint: use grpc://host:port, or grpcs://host:port for TLS")
         return cls(host=url.hostname, port=port, secure=url.scheme == "grpcs")
 
     @property
     def target(self) -> str:
-        """The endpoint as gRPC writes it."""
+        """The endpoint in gRPC's notation."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
@@ -52,23 +52,23 @@ class Endpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificates:
-    """Whom to trust, and as whom to come; all PEM."""
+    """PEM certificates for TLS."""
 
     roots: bytes | None = None
-    """Authorities that may vouch for the server. None = the machine's own."""
+    """Authorities of the server's certificate. None: the machine's."""
     chain: bytes | None = None
-    """The client's own certificate, for servers that ask for one."""
+    """The client's certificate, for servers that require one."""
     key: bytes | None = field(default=None, repr=False)
     """Its private key."""
 
     def __post_init__(self) -> None:
         if (self.chain is None) != (self.key is None):
-            raise ValueError("a client's certificate and its key need each other; give both or neither")
+            raise ValueError("a client certificate needs its key, and the key its certificate; give both or neither")
 
 
 @dataclass(frozen=True)
 class Access:
-    """An endpoint and the key to show there."""
+    """An endpoint and the API key for it."""
 
     endpoint: Endpoint
     api_key: str | None
@@ -82,11 +82,11 @@ class Access:
         allow_insecure_key: bool,
         environment: Mapping[str, str] | None = None,
     ) -> "Access":
-        """Fill what was not said from `MANTA_ENDPOINT` and `MANTA_API_KEY`.
+        """Take what is None from `MANTA_ENDPOINT` and `MANTA_API_KEY`.
 
         Raises:
-            InvalidEndpoint: the endpoint cannot be read.
-            InsecureKey: the key would cross a network in the clear.
+            InvalidEndpoint: the endpoint cannot be parsed.
+            InsecureKey: the key would cross a network without TLS.
         """
         environment = os.environ if environment is None else environment
         place = Endpoint.parse(endpoint or environment.get("MANTA_ENDPOINT") or DEFAULT)
@@ -100,7 +100,7 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """The metadata of every call."""
         return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
     def __repr__(self) -> str:

@@ -1,10 +1,10 @@
-"""What can go wrong, made for `except`.
+"""The errors of this library.
 
 MantaError
-    InvalidEndpoint, InsecureKey     before anything was sent
-    ModelNotChosen                   several models are served and none was named
+    InvalidEndpoint, InsecureKey     raised before anything is sent
+    ModelNotChosen                   the server has several models and none was named
     StreamBroken                     a stream ended before its answer did
-    CallFailed                       the server, or the way to it, said no: one class per gRPC code
+    CallFailed                       the server refused or failed, or could not be reached; a subclass per gRPC code
 """
 
 import grpc
@@ -15,11 +15,11 @@ class MantaError(Exception):
 
 
 class InvalidEndpoint(MantaError, ValueError):
-    """The endpoint cannot be read."""
+    """The endpoint cannot be parsed."""
 
 
 class InsecureKey(MantaError, ValueError):
-    """The API key would be sent in the clear to another machine."""
+    """The API key would be sent to another machine without TLS."""
 
 
 class ModelNotChosen(MantaError, ValueError):
@@ -27,7 +27,7 @@ class ModelNotChosen(MantaError, ValueError):
 
 
 class StreamBroken(MantaError):
-    """The stream ended, or skipped tokens, before the answer was whole."""
+    """The stream ended, or skipped tokens, before the answer was complete."""
 
 
 class CallFailed(MantaError):
@@ -46,15 +46,15 @@ class CallFailed(MantaError):
         super().__init__(message)
         self.message = message
         self.code = code
-        """gRPC's word, for instance `grpc.StatusCode.INVALID_ARGUMENT`."""
+        """The gRPC code, for instance `grpc.StatusCode.INVALID_ARGUMENT`."""
         self.reason = reason
-        """Manta's word, for instance "context_length_exceeded"."""
+        """Manta's error code, for instance "context_length_exceeded"."""
         self.param = param
-        """The field that is wrong, if one is."""
+        """The field that is wrong, if the error names one."""
         self.retry_after = retry_after
-        """Seconds after which trying again makes sense, if the server said so."""
+        """Seconds after which a retry makes sense, if the server named them."""
         self.request_id = request_id
-        """What the server's log calls this request."""
+        """The id of the request in the server's log."""
 
     def __str__(self) -> str:
         words = (self.reason or self.code.name, self.param and f"at {self.param}", self.request_id and f"request {self.request_id}")
@@ -62,15 +62,15 @@ class CallFailed(MantaError):
 
 
 class BadRequest(CallFailed):
-    """The request cannot be right; sending it again will not help."""
+    """The request is invalid; sending it again will not help."""
 
 
 class AuthenticationFailed(CallFailed):
-    """No key, or not the right one."""
+    """No API key, or an invalid one."""
 
 
 class PermissionDenied(CallFailed):
-    """The key may not do this."""
+    """The key lacks the scope for this call."""
 
 
 class NotFound(CallFailed):
@@ -78,11 +78,11 @@ class NotFound(CallFailed):
 
 
 class Overloaded(CallFailed):
-    """The server has no room now, or a quota is used up; see `retry_after`."""
+    """The server is overloaded, or a quota is used up; see `retry_after`."""
 
 
 class Unavailable(CallFailed):
-    """No server, or one that is not ready or lost its workers."""
+    """The server cannot be reached, is not ready, or lost its workers."""
 
 
 class DeadlineExceeded(CallFailed):
@@ -94,7 +94,7 @@ class Cancelled(CallFailed):
 
 
 class ServerError(CallFailed):
-    """The server failed in a way it does not explain."""
+    """The server failed."""
 
 
 BY_CODE: dict[grpc.StatusCode, type[CallFailed]] = {

@@ -1,4 +1,4 @@
-"""From keyword arguments to protobuf requests."""
+"""Converts keyword arguments to protobuf requests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from ._generated import messages_pb2, service_pb2
-from .forms import call_message, response_format, tool_choice_message, tool_message
+from .formats import call_message, response_format, tool_choice_message, tool_message
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
 ChatMessage = Mapping[str, Any]
-"""{"role": "user", "content": "..."}, as OpenAI's clients have it; also an assistant's with tool_calls, and a tool's answer to one."""
+"""{"role": "user", "content": "..."} as in OpenAI's clients; also assistant messages with tool_calls, and results of tools."""
 
 
 class Options(TypedDict, total=False):
-    """How to choose tokens and when to stop; each may be left out, and None means the same as leaving it out."""
+    """Sampling and stop options. Each may be left out; None means the same."""
 
     temperature: float | None
     top_p: float | None
@@ -48,30 +48,30 @@ def options_message(options: Options) -> messages_pb2.Options:
     """Options as protobuf.
 
     Raises:
-        TypeError: an option has no such name, or not that type.
+        TypeError: an option is unknown or has the wrong type.
     """
     for name in options.keys() - KNOWN:
         near = difflib.get_close_matches(name, KNOWN, n=1)
         raise TypeError(f"there is no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    said: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if isinstance(said.get("stop"), str):
-        said["stop"] = [said["stop"]]
-    if "response_format" in said:
-        said["response_format"] = response_format(said["response_format"])
-    return messages_pb2.Options(**said)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    if "response_format" in given:
+        given["response_format"] = response_format(given["response_format"])
+    return messages_pb2.Options(**given)
 
 
 def seeded(options: Options, key: str) -> Options:
-    """With a seed made of the idempotency key if none is said: sent again, a request has the same answer from whichever server."""
+    """The options with a seed; by default derived from the idempotency key, so that a repeated request has the same answer anywhere."""
     if options.get("seed") is not None:
         return options
-    said = options.copy()
-    said["seed"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    return said
+    seeded_options = options.copy()
+    seeded_options["seed"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return seeded_options
 
 
 def new_key() -> str:
-    """An idempotency key."""
+    """A new idempotency key."""
     return uuid.uuid4().hex
 
 
@@ -92,7 +92,7 @@ def chat_request(
         options=options_message(options),
         tools=[tool_message(tool) for tool in tools],
         tool_choice=tool_choice_message(tool_choice),
-        parallel_tool_calls=parallel_tool_calls,  # type: ignore[arg-type]  # None: not said
+        parallel_tool_calls=parallel_tool_calls,  # type: ignore[arg-type]  # None: not set
     )
 
 
@@ -114,7 +114,7 @@ def tokenize_request(
     conversation = messages_pb2.Conversation(messages=[] if isinstance(input, str) else [_message(message) for message in input])
     return service_pb2.TokenizeRequest(
         model=model,
-        add_special_tokens=add_special_tokens,  # type: ignore[arg-type]  # None: not said
+        add_special_tokens=add_special_tokens,  # type: ignore[arg-type]  # None: not set
         return_tokens=return_tokens,
         **{"text": input} if isinstance(input, str) else {"conversation": conversation},
     )
@@ -136,7 +136,7 @@ def _message(message: ChatMessage) -> messages_pb2.Message:
     name = f"ROLE_{message['role'].upper()}"
     if name not in ROLES:
         known = ", ".join(role.removeprefix("ROLE_").lower() for role in ROLES)
-        raise ValueError(f"role {message['role']!r} is none of {known}")
+        raise ValueError(f"role {message['role']!r} is unknown; use one of {known}")
     return messages_pb2.Message(
         role=name,
         content=message.get("content") or "",
@@ -147,7 +147,7 @@ def _message(message: ChatMessage) -> messages_pb2.Message:
 
 
 def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """A text or one list of ids is one prompt; everything else is a list of prompts."""
+    """A text or a list of ids is one prompt; anything else is a list of prompts."""
     if isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt)):
         return [prompt]  # type: ignore[list-item]
     return prompt  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""When to try again, and after how long."""
+"""When to retry, and after how long."""
 
 import random
 import time
@@ -12,12 +12,12 @@ from .errors import CallFailed
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Pauses double from `first_pause_s` to `longest_pause_s`, each shortened by up to half at random so that clients
-    that failed together do not come back together. A server's RetryInfo is never undercut."""
+    """Pauses double from `first_pause_s` to `longest_pause_s`. Each is shortened by up to half at random, so that clients that failed
+    together do not retry together. The pause in a server's RetryInfo is never shortened."""
 
     max_retries: int = 2
     max_resumes: int = 8
-    """Tries in a row, without a token between them, to go on with a stream that broke."""
+    """Attempts in a row, without a token between them, to resume a broken stream."""
     first_pause_s: float = 0.5
     longest_pause_s: float = 8.0
 
@@ -27,7 +27,7 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The tries of one call: how many are left and how much of its timeout."""
+    """Counts the attempts of one call, and the rest of its timeout."""
 
     def __init__(
         self,
@@ -42,21 +42,21 @@ class Attempts:
         self._num_failed, self._most = 0, policy.max_retries
 
     def progressed(self) -> None:
-        """A stream gave something: what fails from now on is a break of it, and is counted anew."""
+        """A stream has delivered an event. From now on a failure is a broken stream, and attempts are counted anew."""
         self._num_failed, self._most = 0, self._policy.max_resumes
 
     def remaining_s(self) -> float | None:
-        """What the next try may take; None = no limit."""
+        """The timeout of the next attempt; None: no limit."""
         return None if self._deadline_s is None else max(0.0, self._deadline_s - self._clock())
 
     def pause_s(self, failure: CallFailed) -> float:
-        """Seconds to wait before the next try.
+        """Seconds to wait before the next attempt.
 
         Raises:
-            CallFailed: the failure itself, where another try would not help or comes too late.
+            CallFailed: ``failure``, if another attempt would not help or would be too late.
         """
         self._num_failed += 1
-        if not _is_passing(failure) or self._num_failed > self._most:
+        if not _is_transient(failure) or self._num_failed > self._most:
             raise failure
         pause_s = self._own_pause_s() if failure.retry_after is None else failure.retry_after * (1 + 0.25 * self._chance())
         remaining_s = self.remaining_s()
@@ -69,11 +69,11 @@ class Attempts:
         return pause_s * (1 - 0.5 * self._chance())
 
 
-def _is_passing(failure: CallFailed) -> bool:
-    """Whether the cause may pass by itself: no server just now, or no room and a time was named.
+def _is_transient(failure: CallFailed) -> bool:
+    """Whether the cause may pass by itself: the server is unavailable, or overloaded and has named a time to retry.
 
-    INTERNAL without a reason is not Manta's: it is how Ray Serve's proxy, or gRPC itself, says that the front was lost. A
-    request is answered once however often it is sent (its idempotency key), so that trying again does no harm.
+    INTERNAL without a reason does not come from Manta: Ray Serve's proxy, or gRPC itself, reports the loss of a front like this. A
+    request with an idempotency key is computed once however often it is sent, so a retry does no harm.
     """
     if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return failure.retry_after is not None

@@ -1,4 +1,4 @@
-"""`client.chat`: answers to conversations."""
+"""`client.chat`: chat completions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..assembly import Assembly, build_chat
 from ..requests import ChatMessage, Options, chat_request, new_key, seeded
 from .models import AsyncModels
 from .stream import AsyncStream
-from .transport import AsyncAsked, AsyncTransport
+from .transport import AsyncStreamingCall, AsyncTransport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,19 +38,19 @@ class AsyncChat:
         """Answer a conversation.
 
         Args:
-            messages: oldest first, each {"role": "system" | "user" | "assistant", "content": ...}.
-            model: what `models.list` names; if not said, the only one there is.
-            priority: lower is served first.
-            timeout: seconds for everything, retries too; if not said, the client's.
-            tools: functions that the model may ask for: pydantic models, or OpenAI's dicts.
+            messages: oldest first, each {"role": "system" | "user" | "assistant" | "tool", "content": ...}.
+            model: a name from `models.list`; may be left out if the server has only one.
+            priority: lower numbers are served first.
+            timeout: seconds in all, including retries; default: the client's.
+            tools: functions that the model may call: pydantic models, or OpenAI's dicts.
             tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
-            parallel_tool_calls: whether one answer may ask for several; yes if not said.
-            idempotency_key: requests of the same key are answered once; one of its own if not said.
+            parallel_tool_calls: whether an answer may contain several calls; default: yes.
+            idempotency_key: requests with the same key are computed once; default: a new one.
             options: temperature, max_tokens, stop, seed, response_format, ...; see `Options`.
 
         Raises:
-            CallFailed: the server refused or failed, or the time passed.
-            ModelNotChosen: no model was named and there are several.
+            CallFailed: the server refused the call or failed, or the timeout passed.
+            ModelNotChosen: no model was named, and the server has several.
         """
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
@@ -77,11 +77,11 @@ class AsyncChat:
 
         key = idempotency_key or new_key()
 
-        async def begin() -> tuple[AsyncAsked, Assembly[ChatCompletion]]:
+        async def begin() -> tuple[AsyncStreamingCall, Assembly[ChatCompletion]]:
             name = model or await self._models.only(timeout=timeout)
             request = chat_request(model=name, messages=messages, priority=priority, options=seeded(options, key), **calls)
             stream_request = service_pb2.ChatStreamRequest(request=request)
-            asked = AsyncAsked(self._transport, "ChatStream", stream_request, timeout_s=timeout, key=key)
-            return asked, Assembly(name, build_chat)
+            call = AsyncStreamingCall(self._transport, "ChatStream", stream_request, timeout_s=timeout, key=key)
+            return call, Assembly(name, build_chat)
 
         return AsyncStream(begin)

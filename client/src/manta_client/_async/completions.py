@@ -1,4 +1,4 @@
-"""`client.completions`: prompts gone on with."""
+"""`client.completions`: completions of prompts, without a chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..assembly import Assembly, build_completion
 from ..requests import Options, Prompt, generate_request, new_key, seeded
 from .models import AsyncModels
 from .stream import AsyncStream
-from .transport import AsyncAsked, AsyncTransport
+from .transport import AsyncStreamingCall, AsyncTransport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,20 +33,20 @@ class AsyncCompletions:
         idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> Completion:
-        """Go on with one prompt or several; no chat template is applied.
+        """Complete one prompt or several; no chat template is applied.
 
         Args:
             prompt: text, token ids, or a list of either.
-            model: what `models.list` names; if not said, the only one there is.
-            echo: begin the answer's text with the prompt's; with `logprobs`, tell those of the prompt as well.
-            priority: lower is served first.
-            timeout: seconds for everything, retries too; if not said, the client's.
-            idempotency_key: requests of the same key are answered once; one of its own if not said.
+            model: a name from `models.list`; may be left out if the server has only one.
+            echo: begin the answer with the prompt; with `logprobs`, also return the log-probabilities of the prompt.
+            priority: lower numbers are served first.
+            timeout: seconds in all, including retries; default: the client's.
+            idempotency_key: requests with the same key are computed once; default: a new one.
             options: temperature, max_tokens, stop, seed, ...; see `Options`.
 
         Raises:
-            CallFailed: the server refused or failed, or the time passed.
-            ModelNotChosen: no model was named and there are several.
+            CallFailed: the server refused the call or failed, or the timeout passed.
+            ModelNotChosen: no model was named, and the server has several.
         """
         name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
         request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
@@ -64,15 +64,15 @@ class AsyncCompletions:
         idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> AsyncStream[Completion]:
-        """Go on with prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
+        """Complete prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
 
         key = idempotency_key or new_key()
 
-        async def begin() -> tuple[AsyncAsked, Assembly[Completion]]:
+        async def begin() -> tuple[AsyncStreamingCall, Assembly[Completion]]:
             name = model or await self._models.only(timeout=timeout)
             request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
             stream_request = service_pb2.GenerateStreamRequest(request=request)
-            asked = AsyncAsked(self._transport, "GenerateStream", stream_request, timeout_s=timeout, key=key)
-            return asked, Assembly(name, build_completion)
+            call = AsyncStreamingCall(self._transport, "GenerateStream", stream_request, timeout_s=timeout, key=key)
+            return call, Assembly(name, build_completion)
 
         return AsyncStream(begin)

@@ -1,4 +1,4 @@
-"""`client.models`: what the server answers for."""
+"""`client.models`: the models of the server."""
 
 from .. import convert
 from .._generated import service_pb2
@@ -22,14 +22,14 @@ class AsyncModels:
         """One model.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: there is no model of that name.
         """
         request = service_pb2.GetModelRequest(model=model)
         response = await self._transport.call("GetModel", request, service_pb2.GetModelResponse, timeout_s=timeout)
         return convert.model(response.model)
 
     async def only(self, *, timeout: float | None = None) -> str:
-        """The id of the only model; asked for once.
+        """The id of the server's only model; requested once.
 
         Raises:
             ModelNotChosen: there is not exactly one.
@@ -37,6 +37,6 @@ class AsyncModels:
         if self._only is None:
             names = [model.id for model in await self.list(timeout=timeout)]
             if len(names) != 1:
-                raise ModelNotChosen(f"say model=...: this server has {', '.join(names) or 'none'}")
+                raise ModelNotChosen(f"name a model (model=...): this server has {', '.join(names) or 'none'}")
             self._only = names[0]
         return self._only

@@ -1,4 +1,4 @@
-"""An answer while it is being made."""
+"""A streamed answer."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
@@ -9,36 +9,36 @@ import grpc
 from ..answers import ChatCompletion, Completion, Delta, Usage
 from ..assembly import Assembly
 from ..errors import CallFailed, StreamBroken
-from .transport import AsyncAsked, AsyncEventStream
+from .transport import AsyncEventStream, AsyncStreamingCall
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
 
-CUT = "cut"
-"""Reason of a stream whose call ended well and whose answer did not end."""
+INCOMPLETE = "cut"
+"""Reason of a stream whose call ended without an error, but before its answer did."""
 
 
 class AsyncStream(Generic[Answer]):
-    """Deltas of an answer, by iteration. The call begins when first something is wanted of it.
+    """Iterates over the deltas of an answer. The call is made when the first delta is read.
 
-    Where the way to the server breaks, or the server behind it, the rest is asked for in another call, which is not noticed but
-    by the pause. As a context manager it cancels the call on the way out if its end was not reached, and so does `close`.
+    If the connection or the server breaks, another call asks for the rest; only the pause is noticeable. Leaving the context manager, or
+    `close`, cancels the call if the stream has not ended.
     """
 
-    def __init__(self, begin: Callable[[], Awaitable[tuple[AsyncAsked, Assembly[Answer]]]]) -> None:
-        self._begin: Callable[[], Awaitable[tuple[AsyncAsked, Assembly[Answer]]]] = begin
-        self._asked: AsyncAsked | None = None
+    def __init__(self, begin: Callable[[], Awaitable[tuple[AsyncStreamingCall, Assembly[Answer]]]]) -> None:
+        self._begin: Callable[[], Awaitable[tuple[AsyncStreamingCall, Assembly[Answer]]]] = begin
+        self._call: AsyncStreamingCall | None = None
         self._events: AsyncEventStream | None = None
         self._assembly: Assembly[Answer] | None = None
         self._over = False
 
     @property
     def id(self) -> str:
-        """What the server calls the request; empty before the first event."""
+        """The server's id of the request; empty before the first event."""
         return self._assembly.id if self._assembly else ""
 
     @property
     def text(self) -> str:
-        """The text so far, of the first choice."""
+        """The text of the first choice so far."""
         return self._assembly.text() if self._assembly else ""
 
     @property
@@ -47,7 +47,7 @@ class AsyncStream(Generic[Answer]):
         return self._assembly.usage if self._assembly else None
 
     async def final(self) -> Answer:
-        """Read the rest and give the whole answer.
+        """Read the rest, and return the whole answer.
 
         Raises:
             CallFailed: the request failed.
@@ -60,7 +60,7 @@ class AsyncStream(Generic[Answer]):
         return self._assembly.answer()
 
     async def close(self) -> None:
-        """Cancel the call; the server stops working on it. Nothing happens if it has ended."""
+        """Cancel the call, so that the server stops working on it. Does nothing if it has ended."""
         self._over = True
         if self._events is not None:
             self._events.cancel()
@@ -84,50 +84,50 @@ class AsyncStream(Generic[Answer]):
 
     async def _open(self) -> None:
         if self._events is None and not self._over:
-            self._asked, self._assembly = await self._begin()
-            self._events = await self._asked.open()
+            self._call, self._assembly = await self._begin()
+            self._events = await self._call.open()
 
     async def _advance(self) -> Delta | None:
-        """Take in one event; its delta, if it is one."""
+        """Process one event. Returns its delta, if it has one."""
         await self._open()
         assert self._events is not None
-        assert self._asked is not None
+        assert self._call is not None
         assert self._assembly is not None
         try:
             event = await self._events.next()
             if event is not None and event.WhichOneof("event") != "error":
-                self._asked.progressed()
+                self._call.progressed()
             if event is not None:
                 return self._assembly.add(event)
-            if not self._over and not self._assembly.is_whole:  # one that was closed here need not be
-                raise CallFailed("cut", code=grpc.StatusCode.UNAVAILABLE, reason=CUT)
+            if not self._over and not self._assembly.is_whole:  # a stream that was closed here may be incomplete
+                raise CallFailed("the stream ended early", code=grpc.StatusCode.UNAVAILABLE, reason=INCOMPLETE)
             self._over = True
             return None
         except CallFailed as failure:
             self._events.cancel()
-            await self._go_on(self._asked, self._assembly, failure)
+            await self._resume(self._call, self._assembly, failure)
             return None
         except BaseException:
             await self.close()
             raise
 
-    async def _go_on(self, asked: AsyncAsked, assembly: Assembly[Answer], failure: CallFailed) -> None:
-        """Have the rest sent, if there is one.
+    async def _resume(self, call: AsyncStreamingCall, assembly: Assembly[Answer], failure: CallFailed) -> None:
+        """Ask for the rest, if the answer is not complete.
 
         Raises:
-            CallFailed, StreamBroken: it cannot be had.
+            CallFailed, StreamBroken: the rest cannot be had.
         """
         if assembly.is_whole or self._over:
             self._over = True
             return
         try:
-            self._events = await asked.reopen(failure, assembly.so_far())
-            if self._over:  # closed from elsewhere in the meantime
+            self._events = await call.reopen(failure, assembly.so_far())
+            if self._over:  # closed by another task or thread in the meantime
                 self._events.cancel()
         except CallFailed as last:
             self._over = True
-            if last.reason == CUT:
-                assembly.answer()  # says so
+            if last.reason == INCOMPLETE:
+                assembly.answer()  # raises StreamBroken
             raise last from None
         except BaseException:
             await self.close()

@@ -1,9 +1,9 @@
 # Generated from `_async/admin.py` by client/unasync.py. Do not edit.
-"""`client.admin`: for whoever runs the server. Where keys are in force, these calls need one with the scope `admin`."""
+"""`client.admin`: for operators of the server. If the server has keys, these calls need one with the scope `admin`."""
 
-from .. import operating
+from .. import admin_info
 from .._generated import admin_pb2
-from ..operating import Load, ServerInfo
+from ..admin_info import Load, ServerInfo
 from .transport import Transport
 
 
@@ -12,27 +12,27 @@ class Admin:
         self._transport = transport
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """What the server is: version, models, replicas and their ranks, limits.
+        """Version, models, replicas and their ranks, and limits of the server.
 
         Raises:
-            CallFailed: the server refused or failed, or the time passed. So do the others.
+            CallFailed: the server refused the call or failed, or the timeout passed. The other methods raise it too.
         """
         request = admin_pb2.GetServerInfoRequest()
         response = self._transport.call("GetServerInfo", request, admin_pb2.GetServerInfoResponse, timeout_s=timeout)
-        return operating.server_info(response)
+        return admin_info.server_info(response)
 
     def load(self, *, timeout: float | None = None) -> Load:
-        """What runs and waits at this moment."""
+        """What is running and waiting now."""
         response = self._transport.call("GetLoad", admin_pb2.GetLoadRequest(), admin_pb2.GetLoadResponse, timeout_s=timeout)
-        return operating.load(response)
+        return admin_info.load(response)
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> int:
-        """End a request, whoever sent it; how many choices of it were ended. Its client gets a typed error."""
+        """End a request of any client, which gets a typed error. Returns how many of its choices were ended."""
         request = admin_pb2.AbortRequest(request_id=request_id)
         response = self._transport.call("Abort", request, admin_pb2.AbortResponse, timeout_s=timeout)
         return response.choices
 
     def drain(self, *, undo: bool = False, timeout: float | None = None) -> int:
-        """Have the front take no new requests (or, with ``undo``, take them again); how many are still being answered."""
+        """Make the front refuse new requests (with ``undo``: accept them again). Returns how many are still being answered."""
         response = self._transport.call("Drain", admin_pb2.DrainRequest(undo=undo), admin_pb2.DrainResponse, timeout_s=timeout)
         return response.open_requests

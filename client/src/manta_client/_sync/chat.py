@@ -1,5 +1,5 @@
 # Generated from `_async/chat.py` by client/unasync.py. Do not edit.
-"""`client.chat`: answers to conversations."""
+"""`client.chat`: chat completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..assembly import Assembly, build_chat
 from ..requests import ChatMessage, Options, chat_request, new_key, seeded
 from .models import Models
 from .stream import Stream
-from .transport import Asked, Transport
+from .transport import StreamingCall, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,19 +39,19 @@ class Chat:
         """Answer a conversation.
 
         Args:
-            messages: oldest first, each {"role": "system" | "user" | "assistant", "content": ...}.
-            model: what `models.list` names; if not said, the only one there is.
-            priority: lower is served first.
-            timeout: seconds for everything, retries too; if not said, the client's.
-            tools: functions that the model may ask for: pydantic models, or OpenAI's dicts.
+            messages: oldest first, each {"role": "system" | "user" | "assistant" | "tool", "content": ...}.
+            model: a name from `models.list`; may be left out if the server has only one.
+            priority: lower numbers are served first.
+            timeout: seconds in all, including retries; default: the client's.
+            tools: functions that the model may call: pydantic models, or OpenAI's dicts.
             tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
-            parallel_tool_calls: whether one answer may ask for several; yes if not said.
-            idempotency_key: requests of the same key are answered once; one of its own if not said.
+            parallel_tool_calls: whether an answer may contain several calls; default: yes.
+            idempotency_key: requests with the same key are computed once; default: a new one.
             options: temperature, max_tokens, stop, seed, response_format, ...; see `Options`.
 
         Raises:
-            CallFailed: the server refused or failed, or the time passed.
-            ModelNotChosen: no model was named and there are several.
+            CallFailed: the server refused the call or failed, or the timeout passed.
+            ModelNotChosen: no model was named, and the server has several.
         """
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         name, key = model or self._models.only(timeout=timeout), idempotency_key or new_key()
@@ -78,11 +78,11 @@ class Chat:
 
         key = idempotency_key or new_key()
 
-        def begin() -> tuple[Asked, Assembly[ChatCompletion]]:
+        def begin() -> tuple[StreamingCall, Assembly[ChatCompletion]]:
             name = model or self._models.only(timeout=timeout)
             request = chat_request(model=name, messages=messages, priority=priority, options=seeded(options, key), **calls)
             stream_request = service_pb2.ChatStreamRequest(request=request)
-            asked = Asked(self._transport, "ChatStream", stream_request, timeout_s=timeout, key=key)
-            return asked, Assembly(name, build_chat)
+            call = StreamingCall(self._transport, "ChatStream", stream_request, timeout_s=timeout, key=key)
+            return call, Assembly(name, build_chat)
 
         return Stream(begin)

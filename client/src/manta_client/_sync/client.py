@@ -1,5 +1,5 @@
 # Generated from `_async/client.py` by client/unasync.py. Do not edit.
-"""The client itself."""
+"""The client."""
 
 from types import TracebackType
 
@@ -15,25 +15,25 @@ from .transport import Transport
 
 DEFAULT_TIMEOUT_S = 600.0
 MAX_RESUMES = 8
-"""Pauses of some 40 s together: a lost front, or the proxy before it, is back by then."""
+"""About 40 s of pauses together: by then a lost front, or the proxy in front of it, has been replaced."""
 
 
 class Client:
     """A connection to a Manta server.
 
     Args:
-        endpoint: `grpc://host:port`, or `grpcs://host:port` for TLS; if not said, `MANTA_ENDPOINT`, else `grpc://127.0.0.1:9000`.
-        api_key: shown to the server with every call; if not said, `MANTA_API_KEY`.
-        timeout: seconds per call, retries included; None waits for ever.
-        max_retries: tries after the first, for calls and for the beginning of streams; 0: nor is a stream that broke gone on with.
-        root_certificates: PEM of the authority that signed the server's certificate; if not said, the machine's own.
-        client_certificate: PEM of the certificate to show to a server that asks for one (mutual TLS).
+        endpoint: `grpc://host:port`, or `grpcs://host:port` for TLS; default: `MANTA_ENDPOINT`, else `grpc://127.0.0.1:9000`.
+        api_key: sent with every call; default: `MANTA_API_KEY`.
+        timeout: seconds per call, including retries; None: no limit.
+        max_retries: attempts after the first, for calls and for the start of streams. 0: broken streams are not resumed either.
+        root_certificates: PEM of the authority that signed the server's certificate; default: the machine's authorities.
+        client_certificate: PEM of the client's certificate, for servers that require one (mutual TLS).
         client_key: PEM of its private key.
-        allow_insecure_key: send the key without TLS to another machine too.
+        allow_insecure_key: send the key to another machine even without TLS.
 
     Raises:
         InvalidEndpoint: the endpoint cannot be read.
-        InsecureKey: the key would be sent in the clear to another machine.
+        InsecureKey: the key would be sent to another machine without TLS.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Client:
         self.embeddings = Embeddings(self._transport, self.models)
 
     def close(self) -> None:
-        """Close the connection; calls that are under way are cancelled."""
+        """Close the connection. Running calls are cancelled."""
         self._transport.close()
 
     def __enter__(self) -> "Client":

@@ -1,5 +1,5 @@
 # Generated from `_async/embeddings.py` by client/unasync.py. Do not edit.
-"""`client.embeddings`: texts as vectors."""
+"""`client.embeddings`: vectors of texts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Embeddings:
         timeout: float | None = None,
         idempotency_key: str | None = None,
     ) -> EmbeddingList:
-        """A vector of one text or of each of several.
+        """The vectors of one or several texts.
 
         Args:
             input: text, token ids, or a list of either.
-            model: what `models.list` names; if not said, the only one there is.
-            dimensions: of each vector the first so many numbers, scaled to length 1 again; all if not said.
-            priority: lower is served first.
-            timeout: seconds for everything, retries too; if not said, the client's.
-            idempotency_key: requests of the same key are answered once; one of its own if not said.
+            model: a name from `models.list`; may be left out if the server has only one.
+            dimensions: length to which vectors are cut, and then normalised; default: all dimensions.
+            priority: lower numbers are served first.
+            timeout: seconds in all, including retries; default: the client's.
+            idempotency_key: requests with the same key are computed once; default: a new one.
 
         Raises:
             BadRequest: this model gives no embeddings, or an input is too long for it.
-            CallFailed: the server refused or failed, or the time passed.
-            ModelNotChosen: no model was named and there are several.
+            CallFailed: the server refused the call or failed, or the timeout passed.
+            ModelNotChosen: no model was named, and the server has several.
         """
         name, key = model or self._models.only(timeout=timeout), idempotency_key or new_key()
         request = embed_request(model=name, input=input, dimensions=dimensions, priority=priority)

@@ -1,5 +1,5 @@
 # Generated from `_async/models.py` by client/unasync.py. Do not edit.
-"""`client.models`: what the server answers for."""
+"""`client.models`: the models of the server."""
 
 from .. import convert
 from .._generated import service_pb2
@@ -23,14 +23,14 @@ class Models:
         """One model.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: there is no model of that name.
         """
         request = service_pb2.GetModelRequest(model=model)
         response = self._transport.call("GetModel", request, service_pb2.GetModelResponse, timeout_s=timeout)
         return convert.model(response.model)
 
     def only(self, *, timeout: float | None = None) -> str:
-        """The id of the only model; asked for once.
+        """The id of the server's only model; requested once.
 
         Raises:
             ModelNotChosen: there is not exactly one.
@@ -38,6 +38,6 @@ class Models:
         if self._only is None:
             names = [model.id for model in self.list(timeout=timeout)]
             if len(names) != 1:
-                raise ModelNotChosen(f"say model=...: this server has {', '.join(names) or 'none'}")
+                raise ModelNotChosen(f"name a model (model=...): this server has {', '.join(names) or 'none'}")
             self._only = names[0]
         return self._only

@@ -26,17 +26,17 @@ class Tokens:
         return_tokens: bool = False,
         timeout: float | None = None,
     ) -> Tokenization:
-        """The token ids that a text has as a completion's prompt, or messages as a chat.
+        """The token ids of a text, as a completion's prompt, or of messages, as a chat.
 
         Args:
-            input: a text, or messages as `chat.create` takes them.
-            model: what `models.list` names; if not said, the only one there is.
-            add_special_tokens: of a text, whether with the control tokens that the tokenizer itself puts around one; yes if not said.
-            return_tokens: tell each token's text as well.
-            timeout: seconds for everything, retries too; if not said, the client's.
+            input: a text, or messages as in `chat.create`.
+            model: a name from `models.list`; may be left out if the server has only one.
+            add_special_tokens: for a text, add the control tokens that the tokenizer puts around it; default: yes.
+            return_tokens: also return the text of each token.
+            timeout: seconds in all, including retries; default: the client's.
 
         Raises:
-            CallFailed: the server refused or failed, or the time passed.
+            CallFailed: the server refused the call or failed, or the timeout passed.
         """
         name = model or self._models.only(timeout=timeout)
         request = tokenize_request(model=name, input=input, add_special_tokens=add_special_tokens, return_tokens=return_tokens)
@@ -47,7 +47,7 @@ class Tokens:
         """The text of token ids, without control tokens.
 
         Raises:
-            CallFailed: the server refused (there is no such token) or failed, or the time passed.
+            CallFailed: the server refused the call (there is no such token) or failed, or the timeout passed.
         """
         name = model or self._models.only(timeout=timeout)
         request = service_pb2.DetokenizeRequest(model=name, token_ids=token_ids)

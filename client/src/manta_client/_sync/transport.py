@@ -1,5 +1,5 @@
 # Generated from `_async/transport.py` by client/unasync.py. Do not edit.
-"""One channel to the server, and how calls are made on it: key, timeout, retries."""
+"""The channel to the server, and how calls are made on it: API key, timeout, retries."""
 
 import time
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from .._generated import admin_pb2_grpc, messages_pb2, service_pb2, service_pb2_
 from ..assembly import Event
 from ..endpoint import Access, Certificates
 from ..errors import CallFailed
-from ..failures import from_event, from_rpc_error
 from ..retry import Attempts, RetryPolicy
+from ..rpc_errors import from_event, from_rpc_error
 
 Response = TypeVar("Response", bound=Message)
 StreamRequest = service_pb2.ChatStreamRequest | service_pb2.GenerateStreamRequest
 KEY = "idempotency-key"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 60_000),  # notices a server that vanished without a word during a long answer
+    ("grpc.keepalive_time_ms", 60_000),  # notices a server that vanished during a long answer
     ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.enable_retries", 0),  # retries are ours: gRPC's know nothing of RetryInfo
+    ("grpc.enable_retries", 0),  # we retry ourselves: gRPC's retries ignore RetryInfo
 )
 
 
@@ -34,10 +34,10 @@ class Transport:
         self._methods = {name: method for stub in stubs for name, method in vars(stub).items()}
 
     def call(self, method: str, request: Message, response: type[Response], *, timeout_s: float | None, key: str = "") -> Response:
-        """Make a call that has one answer. Every try has the same idempotency ``key``, where there is one.
+        """Make a unary call. Every attempt has the same idempotency ``key``, if there is one.
 
         Raises:
-            CallFailed: it failed, also after the retries.
+            CallFailed: the last attempt failed.
         """
         attempts = self.attempts(timeout_s)
         while True:
@@ -53,7 +53,7 @@ class Transport:
         return Attempts(self._retry, self._timeout_s if timeout_s is None else timeout_s)
 
     def start(self, method: str, request: Message, attempts: Attempts, key: str):  # type: ignore[no-untyped-def]
-        """Begin one try."""
+        """Start one attempt."""
         metadata = (*self._access.metadata, (KEY, key)) if key else self._access.metadata
         return self._methods[method](request, timeout=attempts.remaining_s(), metadata=metadata)
 
@@ -64,17 +64,18 @@ class Transport:
         return repr(self._access)
 
 
-class Asked:
-    """A streaming call that may be made more than once: until its first event by way of retry, after it to get the rest."""
+class StreamingCall:
+    """A streaming call with retries: until the first event it is repeated, after that it is resumed to get the rest."""
 
     def __init__(self, transport: Transport, method: str, request: StreamRequest, *, timeout_s: float | None, key: str) -> None:
         self._transport, self._method, self._request, self._key = transport, method, request, key
         self._attempts = transport.attempts(timeout_s)
 
     def open(self) -> "EventStream":
-        """
+        """Make the call, and wait for its first event.
+
         Raises:
-            CallFailed: it failed, also after the retries.
+            CallFailed: the last attempt failed.
         """
         while True:
             stream = EventStream(self._transport.start(self._method, self._request, self._attempts, self._key))
@@ -90,14 +91,14 @@ class Asked:
             time.sleep(pause_s)
 
     def progressed(self) -> None:
-        """Something came."""
+        """An event has arrived; see `Attempts.progressed`."""
         self._attempts.progressed()
 
     def reopen(self, failure: CallFailed, so_far: Sequence[messages_pb2.SoFar]) -> "EventStream":
         """Ask for what comes after ``so_far``.
 
         Raises:
-            CallFailed: the failure, if the rest cannot be had.
+            CallFailed: ``failure``, if there is no further attempt; or the error of the last one.
         """
         time.sleep(self._attempts.pause_s(failure))
         del self._request.so_far[:]
@@ -125,7 +126,7 @@ class EventStream:
             raise from_event(self._first.error, self._first.id)
 
     def next(self) -> Event | None:
-        """The next event; None after the last, and once the call was cancelled here.
+        """The next event; None after the last one, or if the call was cancelled here.
 
         Raises:
             CallFailed: the call failed.
@@ -136,7 +137,7 @@ class EventStream:
         return self._receive()
 
     def cancel(self) -> None:
-        """Tell the server that nobody reads on. Nothing happens if the call has ended."""
+        """Cancel the call in the server. Does nothing if it has ended."""
         self._cancelled = True
         self._call.cancel()
 
@@ -150,7 +151,7 @@ class EventStream:
             if self._cancelled:
                 return None
             raise from_rpc_error(error) from None
-        except grpc.FutureCancelledError:  # of the reading task, or of the call by another task
+        except grpc.FutureCancelledError:  # the reading task was cancelled, or another task cancelled the call
             if self._cancelled:
                 return None
             raise

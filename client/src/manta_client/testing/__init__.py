@@ -1,4 +1,4 @@
-"""A server for tests of programs that use Manta: `FakeServer` answers by script, over gRPC and HTTP.
+"""A server for tests of programs that use Manta: `FakeServer` gives scripted answers over gRPC and HTTP.
 
 from manta_client import Client
 from manta_client.testing import FakeServer

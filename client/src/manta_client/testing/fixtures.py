@@ -9,7 +9,7 @@ from .server import FakeServer
 
 @pytest.fixture
 def manta_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    """A fake server, to which `Client()` without arguments goes."""
+    """A fake server. `Client()` without arguments connects to it."""
     with FakeServer() as server:
         monkeypatch.setenv("MANTA_ENDPOINT", server.endpoint)
         monkeypatch.delenv("MANTA_API_KEY", raising=False)

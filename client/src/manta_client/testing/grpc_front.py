@@ -1,4 +1,4 @@
-"""The fake over gRPC: both services of manta.v1, by script."""
+"""The fake server over gRPC: both services of manta.v1, with scripted answers."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from .._generated import admin_pb2, admin_pb2_grpc, messages_pb2, service_pb2, service_pb2_grpc
-from ..failures import DETAILS_KEY
+from ..rpc_errors import DETAILS_KEY
 from .script import WORD, Answer, Failure, Received, Script, ending_of, pieces_of, vectors_of
 
 REFUSED = Failure("UNAUTHENTICATED", "this fake needs its API key", reason="invalid_api_key")
@@ -18,7 +18,7 @@ DRAINING = Failure("UNAVAILABLE", "this fake is drained", reason="draining", ret
 
 
 class Gate:
-    """Who is let in, and whether anybody is."""
+    """Checks API keys, and remembers whether the server is draining."""
 
     def __init__(self, api_key: str | None) -> None:
         self.api_key = api_key
@@ -193,7 +193,7 @@ class FakeAdmin(admin_pb2_grpc.AdminServiceServicer):
 
 
 def refuse(context: grpc.ServicerContext, failure: Failure) -> NoReturn:
-    """End the call as Manta's server does: a code, and google.rpc details."""
+    """End the call as Manta's server does, with a code and google.rpc details."""
     code = grpc.StatusCode[failure.code]
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=failure.reason.upper(), domain="manta")]
     details.append(error_details_pb2.RequestInfo(request_id="fake"))
@@ -258,7 +258,7 @@ def _spoken(message: messages_pb2.Message) -> dict[str, Any]:
 
 
 def _open(received: Received, place: int) -> Iterator[int]:
-    """Choices of which the client lacks what is at this place."""
+    """The choices of which the client still lacks the piece at ``place``."""
     for index in range(received.num_choices):
         if index not in received.finished and received.had.get(index, 0) <= place:
             yield index

@@ -1,4 +1,4 @@
-"""The fake over HTTP, as far as OpenAI's clients need it: chat and completions, whole and streamed, embeddings, and models."""
+"""The fake server over HTTP, as far as OpenAI's clients need it: chat, completions (also streamed), embeddings and models."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-"""HTTP status of a gRPC code; every other is 500."""
+"""HTTP status by gRPC code; all others are 500."""
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completion", "/v1/embeddings": "embedding"}
 UNKNOWN = Failure("NOT_FOUND", "there is no such thing here", reason="not_found")
 
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, write(self.server.script, received, answer))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: tests have output of their own."""
+        """Log nothing, to keep the output of tests clean."""
 
     def _headers(self) -> dict[str, str]:
         return {name.lower(): value for name, value in self.headers.items()}

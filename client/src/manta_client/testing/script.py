@@ -1,4 +1,4 @@
-"""What a fake server answers, and what it was asked."""
+"""The scripted answers of a fake server, and the requests that it received."""
 
 import hashlib
 import math
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DIMENSIONS = 8
-"""Of vectors that are not in the script."""
+"""Length of vectors that are not scripted."""
 WORD = re.compile(r"\s*\S+|\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A tool that an answer asks for."""
+    """A tool call in an answer."""
 
     name: str
     arguments: str = "{}"
@@ -25,20 +25,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; every choice of a request gets it."""
+    """An answer, for every choice of a request."""
 
     text: str = "This is a test."
     tool_calls: Sequence[Call] = field(default=(), kw_only=True)
     finish_reason: str = field(default="", kw_only=True)
-    """"stop", "length" or "tool_calls"; if not said, what fits."""
+    """"stop", "length" or "tool_calls"; default: what fits."""
     pieces: Sequence[str] = field(default=(), kw_only=True)
-    """How a stream cuts the text, a token each; words if not said."""
+    """The pieces of a stream, one token each; default: words."""
     vectors: Sequence[Sequence[float]] = field(default=(), kw_only=True)
-    """What a request for embeddings gets, one for each input; of length 1 and by the input alone if not said."""
+    """The vectors of a request for embeddings, one for each input; default: of length 1, derived from the input."""
     pause_s: float = field(default=0.0, kw_only=True)
-    """Before every piece of a stream, and once before a whole answer."""
+    """Pause before every piece of a stream, or before a whole answer."""
     breaks_after: int | None = field(default=None, kw_only=True)
-    """The connection is lost after so many pieces, once. Whoever asks for the rest gets it."""
+    """The connection is lost once after this many pieces. A client that asks for the rest gets it."""
 
     def words(self) -> tuple[str, ...]:
         return tuple(self.pieces) or tuple(WORD.findall(self.text))
@@ -50,22 +50,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A refusal, or an error in the midst of a stream."""
+    """An error instead of an answer, or in the middle of a stream."""
 
     code: str = "UNAVAILABLE"
     """Name of a `grpc.StatusCode`."""
     message: str = "scripted to fail"
     reason: str = field(default="scripted", kw_only=True)
-    """What `CallFailed.reason` says."""
+    """`CallFailed.reason`."""
     param: str | None = field(default=None, kw_only=True)
     retry_after_s: float | None = field(default=None, kw_only=True)
     after: int = field(default=0, kw_only=True)
-    """A stream gives so many pieces of the default answer before it."""
+    """A stream sends this many pieces of the default answer before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """A request that came."""
+    """A received request."""
 
     kind: str
     """"chat", "completion" or "embedding"."""
@@ -75,17 +75,17 @@ class Received:
     model: str
     messages: Sequence[Mapping[str, Any]] = ()
     prompts: Sequence[str | Sequence[int]] = ()
-    """Of a completion, or the inputs of a request for embeddings."""
+    """Prompts of a completion, or inputs of a request for embeddings."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Those that were said, by name."""
+    """The options that were set, by name."""
     tools: Sequence[str] = ()
-    """Their names."""
+    """Names of the tools."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Of HTTP, or gRPC's metadata; names in small letters."""
+    """HTTP headers or gRPC metadata, with lower-case names."""
     had: Mapping[int, int] = field(default_factory=dict)
-    """Of a stream that broke: by choice, how many tokens its client has already."""
+    """When a stream is resumed: by choice, how many tokens the client already has."""
     finished: frozenset[int] = frozenset()
-    """Choices that it has whole."""
+    """Choices that the client has completely."""
 
     @property
     def num_choices(self) -> int:
@@ -100,14 +100,14 @@ Item = Answer | Failure | Callable[[Received], "Answer | Failure"]
 
 
 class Script:
-    """What comes next. Safe between threads."""
+    """The scripted answers that come next. Thread-safe."""
 
     def __init__(self, default: Answer | None = None) -> None:
         self.default = default or Answer()
         self.requests: list[Received] = []
         self._items: list[Item] = []
         self._answered: dict[str, Answer] = {}
-        """By idempotency key: it is answered once."""
+        """Answers by idempotency key, which are given again."""
         self._broken: set[str] = set()
         self._vocabulary: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -117,7 +117,7 @@ class Script:
             self._items += items
 
     def next(self, request: Received) -> Answer | Failure:
-        """What this request gets."""
+        """The answer or failure for this request."""
         with self._lock:
             self.requests.append(request)
             if request.key in self._answered:
@@ -129,27 +129,27 @@ class Script:
         return chosen
 
     def breaks_now(self, request: Received, answer: Answer, place: int) -> bool:
-        """Whether the stream of this request breaks before the piece at ``place``; each breaks once."""
+        """Whether the stream of this request breaks before the piece at ``place``. Each stream breaks only once."""
         if answer.breaks_after != place or request.key in self._broken:
             return False
         self._broken.add(request.key)
         return True
 
     def token_ids(self, words: Sequence[str]) -> list[int]:
-        """Ids of the fake's own: a number for every word it has met."""
+        """The fake server's own token ids: a number for every word that it has seen."""
         with self._lock:
             return [self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """
         Raises:
-            KeyError: it has met no such word.
+            KeyError: there is no such id.
         """
         words = {number: word for word, number in self._vocabulary.items()}
         return "".join(words[number] for number in token_ids)
 
     def prompt_tokens(self, request: Received) -> int:
-        """Words of what was asked."""
+        """Number of words in the request."""
         texts = [str(message.get("content") or "") for message in request.messages]
         texts += [prompt for prompt in request.prompts if isinstance(prompt, str)]
         return sum(len(WORD.findall(text)) for text in texts) + sum(len(one) for one in request.prompts if not isinstance(one, str))
@@ -172,7 +172,7 @@ def _unit(vector: Sequence[float]) -> list[float]:
 
 
 def pieces_of(answer: Answer, limit: int | None) -> Iterator[str]:
-    """The pieces, as many as the client wants at most."""
+    """The pieces of the answer, at most ``limit``."""
     words = answer.words()
     yield from words if limit is None else words[:limit]
 

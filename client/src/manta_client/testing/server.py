@@ -1,4 +1,4 @@
-"""The fake server itself."""
+"""The fake server."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from .script import Answer, Item, Received, Script
 
 
 class FakeServer:
-    """Answers by script, over real gRPC and real HTTP at free ports of 127.0.0.1; no model, no GPU, a few milliseconds to start.
+    """Gives scripted answers over real gRPC and HTTP, on free ports of 127.0.0.1. Needs no model or GPU, and starts within milliseconds.
 
     Args:
-        answer: what everything gets that is not in the script.
-        models: names of models, or names with the tokens that prompt and answer may have together.
-        api_key: if said, calls without it are refused.
+        answer: for requests that have no scripted answer.
+        models: names of models, or a mapping from names to context lengths in tokens.
+        api_key: if set, calls without it are refused.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class FakeServer:
 
     @property
     def requests(self) -> list[Received]:
-        """Chats, completions and requests for embeddings that came, in order, also those that were refused by script."""
+        """The received chats, completions and requests for embeddings in order, including those with a scripted failure."""
         return self._script.requests
 
     def say(self, *items: str | Item) -> "FakeServer":
-        """The next requests get these, one each: a text, an `Answer`, a `Failure`, or a function of the request that gives either."""
+        """Script the next requests, one item each: a text, an `Answer`, a `Failure`, or a function from the request to these."""
         self._script.add([Answer(item) if isinstance(item, str) else item for item in items])
         return self
 

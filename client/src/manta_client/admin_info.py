@@ -1,4 +1,4 @@
-"""What `client.admin` gives back, and how it is read from protobuf."""
+"""The results of `client.admin`, and their conversion from protobuf."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,17 +32,17 @@ class Replica:
     pid: int
     ranks: tuple[Rank, ...]
     restarts: int
-    """How often it has replaced its ranks."""
+    """How often its ranks have been restarted."""
     last_loss: str
-    """What ended them the last time."""
+    """What caused the last restart."""
     kv_blocks: int
-    """Of all its shards together; 0 until it has measured them."""
+    """Of all its shards together; 0 until its size is known."""
     block_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """What the server is."""
+    """Information about the server."""
 
     version: str
     started: datetime
@@ -56,28 +56,28 @@ class ServerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaLoad:
-    """One replica's work, as it last reported it."""
+    """The load of a replica, as last reported."""
 
     id: str
     model: str
     state: str
     running: int
-    """Choices in steps."""
+    """Choices that are being computed."""
     waiting: int
-    """Choices that wait for room."""
+    """Choices that wait for KV blocks."""
     kv_blocks_used: int
     kv_blocks_cached: int
-    """Hold a prefix for later, and are given up when room is needed."""
+    """Hold cached prefixes, and are reused when they are needed."""
     kv_blocks_free: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the server does."""
+    """The load of the server."""
 
     replicas: tuple[ReplicaLoad, ...]
     open_requests: int
-    """That the front is answering, of all protocols."""
+    """Requests that the front is answering, over HTTP and gRPC."""
     draining: bool
     raw: admin_pb2.GetLoadResponse = field(repr=False, compare=False)
 
@@ -128,6 +128,6 @@ def _replica(replica: admin_pb2.Replica) -> Replica:
 
 
 def _state(value: int) -> str:
-    """REPLICA_STATE_READY as "ready"; a state newer than this library as its number."""
+    """REPLICA_STATE_READY becomes "ready". A state newer than this library becomes its number."""
     known = admin_pb2.ReplicaState.DESCRIPTOR.values_by_number.get(value)
     return known.name.removeprefix("REPLICA_STATE_").lower() if known else str(value)

@@ -1,4 +1,4 @@
-"""Forms of answers and tools, from what people have at hand to protobuf. Pydantic models are known by their methods alone."""
+"""Converts response formats and tools to protobuf. Pydantic models are recognised by their methods, without importing pydantic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def response_format(form: Any) -> messages_pb2.ResponseFormat:
     if schema := _model_schema(form):
         return messages_pb2.ResponseFormat(json_schema=json.dumps(schema))
     if not isinstance(form, Mapping):
-        raise TypeError("response_format is a pydantic model, a JSON schema, or a dict with a type")
+        raise TypeError("response_format must be a pydantic model, a JSON schema, or a dict with a type")
     kind = form.get("type")
     if kind == "json_object":
         return messages_pb2.ResponseFormat(json_object=True)
@@ -37,7 +37,7 @@ def response_format(form: Any) -> messages_pb2.ResponseFormat:
 
 
 def tool_message(tool: Any) -> messages_pb2.Tool:
-    """A pydantic model (its name and docstring are the tool's), or OpenAI's {"type": "function", "function": {...}}.
+    """A tool from a pydantic model (with its name and docstring), or from OpenAI's {"type": "function", "function": {...}}.
 
     Raises:
         TypeError: it is neither.
@@ -46,7 +46,7 @@ def tool_message(tool: Any) -> messages_pb2.Tool:
         return messages_pb2.Tool(name=tool.__name__, description=tool.__doc__ or "", parameters=json.dumps(schema))
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
-        raise TypeError('a tool is a pydantic model or {"type": "function", "function": {"name": ..., "parameters": ...}}')
+        raise TypeError('a tool must be a pydantic model or {"type": "function", "function": {"name": ..., "parameters": ...}}')
     parameters = function.get("parameters")
     return messages_pb2.Tool(
         name=function["name"],
@@ -67,11 +67,11 @@ def tool_choice_message(choice: Any) -> messages_pb2.ToolChoice | None:
         return messages_pb2.ToolChoice(mode=MODES[choice])
     if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
         return messages_pb2.ToolChoice(function=choice["function"]["name"])
-    raise TypeError('tool_choice is "auto", "none", "required" or {"type": "function", "function": {"name": ...}}')
+    raise TypeError('tool_choice must be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}')
 
 
 def call_message(call: Any) -> messages_pb2.ToolCall:
-    """A `ToolCall` of an earlier answer, or OpenAI's dict of one."""
+    """A call from a `ToolCall` of an earlier answer, or from OpenAI's dict."""
     if isinstance(call, ToolCall):
         return messages_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
     function = call["function"]
@@ -79,6 +79,6 @@ def call_message(call: Any) -> messages_pb2.ToolCall:
 
 
 def _model_schema(model: Any) -> dict[str, Any] | None:
-    """Of a pydantic model class."""
+    """The JSON schema of a pydantic model class; None for anything else."""
     describe = getattr(model, "model_json_schema", None)
     return dict(describe()) if isinstance(model, type) and callable(describe) else None

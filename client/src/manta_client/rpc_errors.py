@@ -1,4 +1,4 @@
-"""From what gRPC reports to this library's errors."""
+"""Converts gRPC errors to this library's errors."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def from_rpc_error(error: grpc.RpcError) -> CallFailed:
-    """The typed error of a failed call, from its code and its google.rpc details."""
+    """The error of a failed call, from its code and its google.rpc details."""
     code = error.code()
     details = _details(error)
     reason, violation, retry, request = (details.get(kind) for kind in ("ErrorInfo", "BadRequest", "RetryInfo", "RequestInfo"))
@@ -30,7 +30,7 @@ def from_rpc_error(error: grpc.RpcError) -> CallFailed:
 
 
 def from_event(error: messages_pb2.Error, request_id: str) -> CallFailed:
-    """The typed error of a stream's error event; the status that follows it says the same."""
+    """The error of a stream's error event. The status that follows it says the same."""
     code = CODES.get(error.code, grpc.StatusCode.UNKNOWN)
     return failure_class(code)(
         error.message,
@@ -43,7 +43,7 @@ def from_event(error: messages_pb2.Error, request_id: str) -> CallFailed:
 
 
 def _details(error: grpc.RpcError) -> dict[str, Any]:
-    """google.rpc details by message name; those this library does not know are left out."""
+    """The google.rpc details by message name, without those that this library does not know."""
     found = {}
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
