@@ -18,7 +18,7 @@ NUMBER, LENGTH, BLOCK_CAPACITY, LAST_TOKEN, END, MIN_STOP_LENGTH, NUM_PROMPT, TA
 """The columns: the sequence's number; known tokens; tokens that its blocks have room for; the last known token; the length at which the
 answer ends; the length above which a stop id ends it; prompt tokens; `Request.tag`; who is charged for it; unanswered steps."""
 EMPTY = 1 << 40
-"""`IN_FLIGHT` of an empty row: so many that no step is planned for it."""
+"""`IN_FLIGHT` of an empty row: so large that no step is ever planned for it."""
 NO_STOP = -1
 FEW_STOP_IDS = 8
 

@@ -1,4 +1,4 @@
-"""Decides when routed experts are moved between ranks: every so many steps, and on request. The ranks work out where to."""
+"""Decides when routed experts are moved between ranks: periodically, and on request. The ranks work out where to."""
 
 import logging
 from collections import deque

@@ -1,7 +1,7 @@
 """Fair scheduling of tenants in proportion to their shares, whatever they ask for: virtual token counters (arXiv 2401.00588).
 
 Every token computed for a tenant advances its counter, by less the larger its share is. The tenant with the lowest counter is admitted
-next. When a tenant comes back from a pause, its counter is raised to a little below the lowest of the others: nobody saves up more.
+next. When a tenant comes back from a pause, its counter is raised to a little below the lowest of the others, so a pause saves up little.
 So a tenant that asks for less than its share is always served first, however many requests of others wait, and the last running slots
 are reserved for it while it is active (`engine.admission`), so that it need not wait for another request to end.
 With one tenant this is first come, first served.
@@ -27,7 +27,7 @@ reserved."""
 ACTIVE_COST = 1_000_000.0
 """A tenant counts as active until this cost has been computed for all tenants since it was last served: half a minute of a busy GPU."""
 MAX_OVERFULL = 2
-"""With many tenants the waiting queue may grow to so many times its limit, because each tenant's part of it is kept for that tenant."""
+"""With many tenants the waiting queue may grow to this many times its limit, because each tenant's part of it is kept for that tenant."""
 MAX_COUNTERS = 10_000
 """Counters kept for tenants that may return. Beyond that, the lowest are dropped; such a tenant may get a head start again."""
 

@@ -9,10 +9,10 @@ from engine.policy import Policy
 from engine.sequence import ISOLATION_TOKENS, Sequence
 
 MAX_LOSSES_ALONE = 2
-"""A request with so many losses that was alone in the last of them is what ended the workers. This is no proof if a process was killed from
-outside: the second of two faults within seconds hits whichever request is running alone just then."""
+"""A request with this many losses that was alone in the last of them is what ended the workers. This is no proof if a process was killed
+from outside: the second of two faults within seconds hits whichever request is running alone just then."""
 MAX_LOSSES = 3
-"""A request with so many losses is not tried again, whether it was alone or not."""
+"""A request with this many losses is not tried again, whether it was alone or not."""
 
 
 def next_suspect(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:

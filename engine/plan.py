@@ -42,9 +42,9 @@ class Work(NamedTuple):
     samples: bool
     """Whether the tokens include the sequence's last known one, so that a next token is sampled from its logits."""
     num_draft: int = 0
-    """The last so many of the tokens are a draft. Such a work samples, and yields one more token for each draft token accepted."""
+    """How many of the tokens, at the end, are a draft. Such a work samples, and yields one more token for each accepted one."""
     targets: tuple[int, ...] = ()
-    """The known tokens that follow the first so many of the tokens, if their log-probabilities are wanted (`PromptLogprobs`)."""
+    """The known next token at each of the first `len(targets)` positions, if their log-probabilities are wanted (`PromptLogprobs`)."""
     pools: bool = False
     """Whether the tokens include the last one of a prompt whose embedding is wanted (`PooledEmbedding`)."""
     num_next_draft: int = 0
@@ -67,7 +67,7 @@ class Decodes:
 
     packed: bytes
     """int64 (5, S), little-endian: sequence, start, token, new block (or `NO_BLOCK`) and shard of each work. `NO_TOKEN` in place of a token
-    means the one that the ranks sampled for this sequence last, which nobody else knows yet (`Capacity.runs_ahead`)."""
+    means the one that the ranks sampled for this sequence last, which only they know yet (`Capacity.runs_ahead`)."""
 
     @classmethod
     def of(cls, columns: np.ndarray) -> "Decodes":
@@ -97,7 +97,7 @@ class Rebalance:
     """Measure the load of the routed experts, and move the experts of a layer between ranks if that evens it out."""
 
     threshold: float
-    """A layer is left alone while the load of its busiest ep position is at most so many times the mean. Infinity: only measure."""
+    """A layer is left alone while the load of its busiest ep position is at most this many times the mean. Infinity: only measure."""
 
 
 @dataclass(frozen=True, slots=True)

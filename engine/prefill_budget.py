@@ -13,9 +13,9 @@ from engine.plan import StepPlan
 StepLine = Callable[[], tuple[float, float]]
 """Returns ``(base_s, token_s)``: the measured cost of a step and of each token in it, in seconds (`engine.step_cost`)."""
 MIN_TOKENS = 16
-"""At least so many prompt tokens per step, however long it takes: every prompt is computed some time."""
+"""Prompt tokens per step at least, however long the step takes: every prompt makes progress."""
 FIRST_TOKENS = 128
-"""So many, while only steps of one size have been measured and the time of a step is limited."""
+"""Prompt tokens per step while only steps of one size have been measured and the time of a step is limited."""
 MAX_SHARE = 0.9
 """However many prompts wait and however short steps are: prompts then go at nine tenths of the full rate, and streams get a token in ten
 times their usual time."""
@@ -56,7 +56,7 @@ class PrefillBudget:
             self._trust = min(1.0, self._trust * RECOVERY)
 
     def _by_share(self, num_decoding: int, num_waiting: int) -> int:
-        """So many that prompts take their share of the step.
+        """As many tokens as give prompts their share of the step.
 
         The share is large enough for all waiting prompts to be done in the time of `prompt_wait_steps` steps without prompts, within the
         limits for a step.
@@ -71,7 +71,7 @@ class PrefillBudget:
         return int(others * share / (1 - share))
 
     def _by_time(self, num_decoding: int) -> int:
-        """So many that the step takes no longer than `max_step_s`."""
+        """As many tokens as keep the step within `max_step_s`."""
         if self._max_step_s is None:
             return self._max_tokens
         base_s, token_s = self._step_line()

@@ -1,6 +1,6 @@
 """Speculative decoding as the planner sees it: how many draft tokens a step takes, and the KV blocks for them.
 
-Draft tokens only use room that nobody else needs.
+Draft tokens only use room that no other sequence needs.
 """
 
 from engine.draft.speculator import Speculator

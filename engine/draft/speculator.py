@@ -77,7 +77,7 @@ class Speculator:
         return best_draft_length(record.acceptance, min(room, self._max_tokens), num_sequences, self._step_line(), self._pass_s)
 
     def update_pause(self, num_sequences: int) -> None:
-        """Pause or resume drafting, before a step with so many sequences is planned."""
+        """Pause or resume drafting, before a step with ``num_sequences`` is planned."""
         probability = RESUME_PROBABILITY if self.is_paused else PAUSE_PROBABILITY
         self.is_paused = best_draft_length(probability, self._max_tokens, num_sequences, self._step_line(), self._pass_s) == 0
 

@@ -50,7 +50,7 @@ class PrefixCache:
             self._computing.pop(key, None)
 
     def disown(self, sequence: Sequence) -> None:
-        """The KV of the sequence cannot be trusted (NaN logits, for instance): nobody else may find its blocks."""
+        """The KV of the sequence cannot be trusted (NaN logits, for instance): no other sequence may find its blocks."""
         self._pool.forget(sequence.blocks)
 
     def abandon(self, sequence: Sequence) -> None:
