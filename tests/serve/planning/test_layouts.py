@@ -103,7 +103,7 @@ def test_more_ranks_than_heads_layers_or_a_host_have_their_reasons() -> None:
     few_heads = reasons(make_plan(ask("Qwen2-0.5B", "32x24G")))
     assert "use at most 14" in few_heads["heads"]
     assert "use pp=24" in few_heads["layers"]
-    assert "stages (pp) over hosts" in " ".join(
+    assert "stages (pp) across hosts" in " ".join(
         one.refusal.sentence for one in make_plan(ask("Qwen2-72B", "4xA100-80G", hosts=2)).refused if one.refusal.reason == "host"
     )
 
@@ -114,7 +114,7 @@ def test_a_dense_model_is_told_to_use_replicas_instead_of_data_parallelism() -> 
 
 
 def test_a_context_beyond_the_model_is_refused_with_the_way_out() -> None:
-    with pytest.raises(PlanError, match=r"32768 tokens at most.*rope_scaling"):
+    with pytest.raises(PlanError, match=r"at most 32768 tokens.*rope_scaling"):
         make_plan(ask("Qwen2-7B-Instruct", "8x80G", context_tokens=65_536))
 
 
