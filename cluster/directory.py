@@ -226,7 +226,7 @@ class DirectoryClient:
 
     def _unavailable(self, why: str) -> DirectoryUnavailable:
         if not self._was_unavailable:
-            logger.warning("the directory does not answer, going on with what it said last: %s", why)
+            logger.warning("the directory does not answer, using its last answer: %s", why)
         self._was_unavailable = True
         return DirectoryUnavailable(why)
 
@@ -314,7 +314,7 @@ class Reporter:
         except (ray.exceptions.RayError, ValueError) as error:
             if not isinstance(error, ray.exceptions.ActorUnavailableError):
                 self._actor = None
-            logger.warning("the directory cannot be told: %s", error)
+            logger.warning("cannot report to the directory: %s", error)
 
     def _start_finding(self) -> None:
         """Look the actor up in a thread: a heartbeat that waits for Ray's GCS would not notice what happens to the ranks."""
@@ -333,14 +333,14 @@ class Reporter:
         try:
             ray.get(directory_actor(self._app).pin.remote(REFUSALS, replica_id, refusal), timeout=2)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError) as error:
-            logger.warning("the directory cannot be told of a refusal: %s", error)
+            logger.warning("cannot publish a refusal in the directory: %s", error)
 
     def leave(self, replica_id: str) -> None:
         try:
             if self._actor is not None:
                 ray.get(self._actor.leave.remote(replica_id), timeout=2)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            logger.warning("the directory cannot be told of the end: %s", error)
+            logger.warning("cannot report the end to the directory: %s", error)
 
 
 class Reader:

@@ -61,7 +61,7 @@ class StepStallDetector:
         self._num_steps, self._since = -1, clock()
 
     def reset(self) -> None:
-        """The engine is idle: start to count anew."""
+        """The engine is idle: restart the clock."""
         self._since = self._clock()
 
     def stalled_s(self, num_steps: int, step_s: float) -> float | None:

@@ -296,7 +296,7 @@ class ReplicaLink:
     def release(self) -> None:
         """Fail all streams as lost, so that they move to another replica or wait at the front; the link itself stays."""
         host = self.lost_host
-        message = "its ranks are being started anew" + (f", as host {host} cannot be reached any more" if host else "")
+        message = "its ranks are being restarted" + (f", because host {host} is unreachable" if host else "")
         for buffer in self._streams.values():
             buffer.fail(LinkLost(self.id, message, reason="host_lost" if host else "ranks_lost", host=host))
 

@@ -282,7 +282,7 @@ class Worker:
 
     def _end(self) -> None:
         """End this process at once: the replica or its host is gone, and a collective that waits in native code would never return."""
-        print(f"rank {self.rank} ends: its replica cannot be heard any more", file=sys.stderr, flush=True)
+        print(f"rank {self.rank} ends: nothing is heard from its replica", file=sys.stderr, flush=True)
         if self._crash_report_file is not None:
             self._crash_report_file.unlink(missing_ok=True)
         os._exit(1)

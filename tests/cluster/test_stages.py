@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
 from parallel.topology import Topology
 from tests.cluster.fronts import answer, front
-from tests.cluster.waiting_stages import NUM_PARTS, PART, StagesThatWait
+from tests.cluster.waiting_ranks import NUM_PARTS, PART, StagesThatWait
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS, float32_config, greedy, write_dense
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray"), pytest.mark.timeout(400)]

@@ -1,4 +1,4 @@
-"""An event loop whose time passes only while nothing else is to be done."""
+"""An event loop with a virtual clock, which advances only when nothing else is left to run."""
 
 import asyncio
 import selectors
@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 class NothingWillHappen(RuntimeError):
-    """Every task waits for another."""
+    """All tasks wait for each other."""
 
 
 class _Jump(selectors.SelectSelector):
-    """Nothing ever comes from outside: instead of waiting, the clock is put forward."""
+    """Instead of waiting for I/O, which never comes, advance the clock."""
 
     def __init__(self) -> None:
         super().__init__()

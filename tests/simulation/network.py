@@ -1,4 +1,4 @@
-"""Connections between one front and the replicas, and what may befall a message on its way."""
+"""Simulated connections between a front and the replicas, which delay, repeat, reorder and drop messages."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from tests.simulation.replica import SimReplica
 
 @dataclass
 class Weather:
-    """How likely what is, per message. Between real sockets only the delay happens; the rest is what must be outlived anyway."""
+    """Probabilities per message. Real sockets only delay messages; the protocol must survive the rest as well."""
 
     delay_s: float = 0.01
     drop: float = 0.0
@@ -27,7 +27,7 @@ class Network:
     replicas: dict[str, SimReplica] = field(default_factory=dict)
     transports: dict[bytes, "SimTransport"] = field(default_factory=dict)
     cut_until: dict[tuple[str, str], float] = field(default_factory=dict)
-    """(replica, direction "to" or "from") -> when what is sent begins to arrive again."""
+    """(replica, direction "to" or "from") -> until when its messages are lost."""
 
     def connect(self, replica_id: str) -> "SimTransport":
         transport = SimTransport(self, replica_id, b"front-%d" % len(self.transports))
@@ -35,7 +35,7 @@ class Network:
         return transport
 
     def post(self, front: bytes, raw: bytes) -> None:
-        """A replica's way back."""
+        """Send a message from a replica to the front."""
         transport = self.transports[front]
         if transport.is_closed:
             raise FrontGone
@@ -58,7 +58,7 @@ class Network:
             replica.receive(transport.name, raw)
 
     def kill(self, replica_id: str) -> None:
-        """The process ends: its sockets are closed, which the front sees soon after."""
+        """End the replica's process: its sockets are closed, which the front notices soon after."""
         self.replicas.pop(replica_id).kill()
         for transport in self.transports.values():
             if transport.replica_id == replica_id:

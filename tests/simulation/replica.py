@@ -1,4 +1,4 @@
-"""A replica without processes: the real protocol, and an engine whose token i is a hash of (prompt, seed, choice, i)."""
+"""A simulated replica: the real `FrontProtocol`, and an engine whose token i is a hash of (prompt, seed, choice, i)."""
 
 import asyncio
 import hashlib
@@ -17,9 +17,9 @@ from engine.plan import TokenEvent
 from engine.request import Request
 
 FIRST_TOKEN, LAST_TOKEN = 8, 400
-"""Of the small vocabulary: no control tokens, no padding."""
+"""Tokens of the small vocabulary without control tokens and padding."""
 POISON, NAN = 7, 6
-"""Prompts with these tokens end the ranks, or have no logits."""
+"""Prompts with these tokens kill the ranks, or have NaN logits."""
 MAX_LOSSES = 3
 
 
@@ -50,7 +50,7 @@ class _Run:
 
 @dataclass
 class SimReplica:
-    """Steps as long as it lives. Faults are its methods."""
+    """Runs steps until it is killed. Faults are its methods."""
 
     id: str
     chance: random.Random
@@ -66,7 +66,7 @@ class SimReplica:
     ranks_lost: bool = False
     frozen_until: float = 0.0
     backlog: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """What came while it was frozen."""
+    """Messages that came while it was frozen."""
 
     def __post_init__(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -82,7 +82,7 @@ class SimReplica:
         return ReplicaRecord(id=self.id, model="tiny", state=State.READY, address=Address(node="n", ipc=f"ipc:///{self.id}"))
 
     def receive(self, front: bytes, raw: bytes) -> None:
-        if self.frozen or self.backlog:  # what came before is read first
+        if self.frozen or self.backlog:  # earlier messages come first
             self.backlog.append((front, raw))
         elif self.alive:
             self.protocol.receive(front, [raw])
@@ -101,7 +101,7 @@ class SimReplica:
         self.frozen_until = self._clock() + seconds
 
     def lose_ranks(self, seconds: float, *, from_outside: bool = True) -> None:
-        """All that run are told, and go on when the ranks are back."""
+        """Lose the ranks: all running requests are told, and go on once the ranks are back."""
         if self.ranks_lost or self.stopped or not self.alive:
             return
         running = self._running()
@@ -117,12 +117,12 @@ class SimReplica:
         asyncio.get_running_loop().call_later(seconds, self._ranks_are_back)
 
     def compute_nan(self) -> None:
-        """In one step, for all that run."""
+        """Compute NaN in one step, for all running requests."""
         if self.alive and not self.stopped and not self.ranks_lost:
             self.protocol.enqueue([self._end(run, error=InvalidLogits("NaN")) for run in self._running()])
 
     def stop(self) -> None:
-        """In good order, with what still runs told so."""
+        """Shut down: all running requests end with EngineStopped."""
         self.stopped, self.ready = True, False
         self.protocol.enqueue([self._end(run, error=EngineStopped("stopped")) for run in list(self.runs.values())])
 
@@ -147,7 +147,7 @@ class SimReplica:
         return Pong(ready=self.ready, num_running=running, num_waiting=len(self.runs) - running, ranks_lost=self.ranks_lost)
 
     def _running(self) -> list[_Run]:
-        """Suspects alone, as `engine.isolation` has it."""
+        """Suspects run alone, as in `engine.isolation`."""
         suspects = [run for run in self.runs.values() if run.losses and POISON in run.request.prompt]
         return suspects[:1] or list(self.runs.values())[: self.max_running]
 
@@ -174,7 +174,7 @@ class SimReplica:
         sampling = run.request.sampling
         if NAN in run.request.prompt and run.num_output >= 2:
             return self._end(run, error=InvalidLogits("NaN"))
-        if run.num_output >= sampling.max_tokens:  # all was committed before
+        if run.num_output >= sampling.max_tokens:  # all tokens were committed before
             return self._end(run, finish="length")
         token = token_of(run.request, run.num_output)
         run.num_output += 1

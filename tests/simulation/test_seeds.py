@@ -1,6 +1,6 @@
-"""Every client gets what it was promised, whatever happens behind the front: `python -m pytest tests/simulation --seeds 10000`.
+"""Simulations with random faults: every client gets what it was promised. `python -m pytest tests/simulation --seeds 10000`.
 
-A failing seed is named; `--first-seed N --seeds 1` runs it again, step by step the same.
+The message names a failing seed; `--first-seed N --seeds 1` reproduces it exactly.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tests.simulation.clock import NothingWillHappen, run
 from tests.simulation.world import World
 
 SHARDS = 10
-"""Tests that share the seeds, so that one failing seed does not hide the others."""
+"""Number of tests that share the seeds, so that one failing seed does not hide the others."""
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_no_seed_breaks_a_promise(shard: int, folder: Path, request: pytest.FixtureRequest) -> None:
-    logging.disable(logging.ERROR)  # losses are what this is about
+    logging.disable(logging.ERROR)  # losses are expected here
     first, count = request.config.getoption("--first-seed"), request.config.getoption("--seeds")
     failures = []
     try:
@@ -43,7 +43,7 @@ def test_no_seed_breaks_a_promise(shard: int, folder: Path, request: pytest.Fixt
             except NothingWillHappen:
                 wrong = ["everything waits for something else"]
             if wrong:
-                failures.append(f"seed {seed}: " + "; ".join(wrong) + "\n    " + "\n    ".join(world.told))
+                failures.append(f"seed {seed}: " + "; ".join(wrong) + "\n    " + "\n    ".join(world.log))
     finally:
         logging.disable(logging.NOTSET)
     assert not failures, f"{len(failures)} seeds of {count}; the first:\n" + "\n".join(failures[:5])
@@ -57,5 +57,5 @@ def test_the_same_seed_happens_the_same_way_twice(folder: Path) -> None:
             run(world.run())
     finally:
         logging.disable(logging.NOTSET)
-    assert worlds[0].told == worlds[1].told
+    assert worlds[0].log == worlds[1].log
     assert worlds[0].chance.random() == worlds[1].chance.random(), "every choice was made in the same order"

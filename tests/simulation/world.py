@@ -1,4 +1,4 @@
-"""One seed's world: some replicas, one front, clients with habits of their own, and faults at times of their own."""
+"""The simulation of one seed: replicas, one front, clients that differ in behaviour, and faults at random times."""
 
 import asyncio
 import dataclasses
@@ -26,18 +26,18 @@ from tests.simulation.replica import FIRST_TOKEN, LAST_TOKEN, NAN, POISON, SimRe
 
 CONFIG = RouterConfig(stall_timeout_s=2.0, ready_wait_s=10.0, ping_s=0.5, replica_silence_s=2.0, refresh_s=0.25)
 END_OF_ALL_S = 400.0
-"""Whatever is not over by then never will be."""
+"""Timeout for all clients, in virtual time."""
 QUIET_S = 15.0
-"""After the last client: what has not come back by then is lost."""
+"""Time for recovery after the last client, before the final checks."""
 AGAIN = 5
-"""Seconds that a link may take to be there again where messages get lost."""
+"""Seconds that a link may take to be ready again while messages are being lost."""
 SELDOM = 0.005
-"""Share of lost messages, and of four times as many that come out of order, that no client may notice where nothing else goes wrong."""
+"""Up to this rate of lost messages, and four times this rate of reordered ones, clients may notice nothing unless there are other faults."""
 LOST = frozenset({"ReplicaLost", "NoReplicaReady", "PoisonedRequest", "ResumesExhausted", "EngineStopped", "InvalidLogits"})
 
 
 class Undisturbed:
-    """A source without anything in between."""
+    """A source of tokens without a router, a network or faults."""
 
     def ready(self) -> bool:
         return True
@@ -71,8 +71,8 @@ class World:
     facts: ModelFacts
     tokenizer: Tokenizer
     wrong: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
-    """What happened, for whoever reads a failing seed."""
+    log: list[str] = field(default_factory=list)
+    """A log of what happened, to understand a failing seed."""
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
@@ -180,7 +180,7 @@ class World:
         return client
 
     async def _make_golden(self, client: Client) -> None:
-        """What an undisturbed run gives; now and then with a stop string that comes up in it."""
+        """Compute the answer of an undisturbed run; sometimes add a stop string that occurs in it."""
         service = self._service(Undisturbed())
         undated = dataclasses.replace(client.request, deadline_s=None)
         result = await service.collect(undated)
@@ -227,7 +227,7 @@ class World:
             history.complete()
         except (EngineError, ServeError) as error:
             history.failed(type(error).__name__)
-            self.told.append(f"{loop.time():.2f} {history.name}: {type(error).__name__}: {error}")
+            self.log.append(f"{loop.time():.2f} {history.name}: {type(error).__name__}: {error}")
         finally:
             client.ended_s = loop.time()
             deadline_s = client.request.deadline_s
@@ -235,8 +235,8 @@ class World:
                 self.wrong.append(f"{history.name}: ended {client.ended_s - deadline_s:.1f} s after its deadline")
 
     def _allow_failures(self, clients: list[Client]) -> None:
-        """One thing that goes wrong must be invisible where there is another replica, and so must messages that are lost now and then;
-        more than one may show as a typed error."""
+        """With another replica, a single fault must be invisible, and so must rare losses of messages; with more faults clients may get
+        typed errors."""
         num_poisons = sum(POISON in client.request.prompts[0] for client in clients)
         num_wrong = self.num_faults + 2 * num_poisons
         is_bad = self.weather.drop > SELDOM or self.weather.overtake > 4 * SELDOM
@@ -264,7 +264,7 @@ class World:
             replica = self.network.replicas[chance.choice(sorted(self.network.replicas))]
             fault = chance.choice(("kill", "freeze", "ranks", "nan", "stop", "cut", "cut to", "cut from"))
             seconds = chance.choice((0.3, 1.0, 3.0, 8.0))
-            self.told.append(f"{loop.time():.2f} {fault} {replica.id} {seconds:g} s")
+            self.log.append(f"{loop.time():.2f} {fault} {replica.id} {seconds:g} s")
             match fault:
                 case "kill":
                     self.network.kill(replica.id)
@@ -296,7 +296,7 @@ class World:
 
     async def _check_nothing_is_left(self) -> None:
         await asyncio.sleep(QUIET_S)
-        for _ in range(AGAIN):  # the weather goes on: a link whose pongs were all lost just now is being made anew
+        for _ in range(AGAIN):  # messages are still being lost: a link that lost all its pongs is being reconnected
             if all(link.lost or link.ready for link in self.router._links.values()):
                 break
             await asyncio.sleep(1.0)
