@@ -32,7 +32,7 @@ QUIET_S = 15.0
 AGAIN = 5
 """Seconds that a link may take to be ready again while messages are being lost."""
 SELDOM = 0.005
-"""Up to this rate of lost messages, and four times this rate of reordered ones, clients may notice nothing unless there are other faults."""
+"""Up to this rate of lost messages, and four times this rate of reordered ones, no client may notice, unless there are other faults."""
 LOST = frozenset({"ReplicaLost", "NoReplicaReady", "PoisonedRequest", "ResumesExhausted", "EngineStopped", "InvalidLogits"})
 
 
