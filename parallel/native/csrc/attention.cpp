@@ -4,21 +4,21 @@
 // c (R rows, two registers wide) += a (R, depth) times b (depth, two registers).
 template <int R> static INLINE void add_product(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride) {
     Floats sum[R][2];
-    each<R>([&](auto r) INLINED { each<2>([&](auto h) INLINED { sum[r][h] = load(c + r * c_stride + h * LANES); }); });
+    unrolled<R>([&](auto r) INLINED { unrolled<2>([&](auto h) INLINED { sum[r][h] = load(c + r * c_stride + h * LANES); }); });
     for (long k = 0; k < depth; ++k) {
         const Floats low = load(b + k * b_stride), high = load(b + k * b_stride + LANES);
-        each<R>([&](auto r) INLINED {
-            const Floats value = all(a[r * a_stride + k]);
+        unrolled<R>([&](auto r) INLINED {
+            const Floats value = broadcast(a[r * a_stride + k]);
             sum[r][0] = multiply_add(value, low, sum[r][0]);
             sum[r][1] = multiply_add(value, high, sum[r][1]);
         });
     }
-    each<R>([&](auto r) INLINED { each<2>([&](auto h) INLINED { store(c + r * c_stride + h * LANES, sum[r][h]); }); });
+    unrolled<R>([&](auto r) INLINED { unrolled<2>([&](auto h) INLINED { store(c + r * c_stride + h * LANES, sum[r][h]); }); });
 }
 
 static void multiply_tile(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride, long rows, long width) {
     for (long row = 0; row < rows; row += MAX_TILE_ROWS)
-        with_rows(std::min(long(MAX_TILE_ROWS), rows - row), [&](auto some) {
+        dispatch_rows(std::min(long(MAX_TILE_ROWS), rows - row), [&](auto some) {
             for (long x = 0; x < width; x += 2 * LANES)
                 add_product<some.value>(a + row * a_stride, a_stride, b + x, b_stride, depth, c + row * c_stride + x, c_stride);
         });
@@ -46,8 +46,8 @@ struct Tile {
         for (long p = 0; p < CHUNK; p += LANES)
             for (long k = 0; k < cache.K; k += 4) {
                 Floats turned[4];
-                for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
-                turn(turned[0], turned[1], turned[2], turned[3]);
+                for (int i = 0; i < 4; ++i) turned[i] = load_fours(key_at + p + i, k);
+                transpose_fours(turned[0], turned[1], turned[2], turned[3]);
                 for (int i = 0; i < 4; ++i) store(&keys[(k + i) * CHUNK + p], turned[i]);
             }
     }
@@ -75,26 +75,26 @@ struct Tile {
         // exponential() loses NaN and +infinity, so they are carried into the sum separately. A score that overflowed to -infinity has weight 0.
         Floats poisons = zeros();
         long seen = 0;
-        for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(highest(all(-FLT_MAX), load(s + seen)), zeros(), poisons);
-        float poison = sum_of(poisons);
+        for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(maximum(broadcast(-FLT_MAX), load(s + seen)), zeros(), poisons);
+        float poison = reduce_add(poisons);
         for (; seen < visible; ++seen) poison += (s[seen] < -FLT_MAX ? 0 : s[seen]) * 0;
         for (long i = visible; i < CHUNK; ++i) s[i] = -INFINITY;
         Floats highest_each = load(s);
-        for (long i = LANES; i < CHUNK; i += LANES) highest_each = highest(highest_each, load(s + i));
-        const float before = most[row], now = std::max(before, highest_of(highest_each));
+        for (long i = LANES; i < CHUNK; i += LANES) highest_each = maximum(highest_each, load(s + i));
+        const float before = most[row], now = std::max(before, reduce_max(highest_each));
         if (now == -INFINITY && poison == 0) {  // no position has a weight yet; if that stays so the result is 0 / 0
             memset(s, 0, sizeof(float) * CHUNK);
             return;
         }
         Floats total = zeros();
-        for (long i = 0; i < CHUNK; i += LANES) store(s + i, exponential(add(load(s + i), all(-now))));
+        for (long i = 0; i < CHUNK; i += LANES) store(s + i, exponential(add(load(s + i), broadcast(-now))));
         for (long i = visible; i < CHUNK; ++i) s[i] = 0;
         for (long i = 0; i < CHUNK; i += LANES) total = add(total, load(s + i));
         const float kept = before == now ? 1 : std::exp(before - now);
-        sums[row] = sums[row] * kept + sum_of(total) + poison;
+        sums[row] = sums[row] * kept + reduce_add(total) + poison;
         most[row] = now;
         if (kept != 1)
-            for (long k = 0; k < width; k += LANES) store(&out[row * width + k], multiply(load(&out[row * width + k]), all(kept)));
+            for (long k = 0; k < width; k += LANES) store(&out[row * width + k], multiply(load(&out[row * width + k]), broadcast(kept)));
     }
 };
 
@@ -142,7 +142,7 @@ void manta_decode(const float* q, const float* keys, const float* values, const 
 // Writes k and v (T rows, k_stride and v_stride apart, of `width` = G heads of K) to their slots of the cache.
 void manta_write_kv(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, float* keys, float* values, long T, long width,
                     int threads) {
-    share_out(T, T * width > 32768 ? threads : 1, [&](long t) {
+    parallel_for(T, T * width > 32768 ? threads : 1, [&](long t) {
         memcpy(keys + slots[t] * width, k + t * k_stride, sizeof(float) * width);
         memcpy(values + slots[t] * width, v + t * v_stride, sizeof(float) * width);
     });

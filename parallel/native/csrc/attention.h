@@ -62,7 +62,7 @@ static inline void each_part(const float* q, const int32_t* tables, const int64_
                 parts.push_back({mine, q + at, tables + s * M, lengths[s] - tokens + done, std::min(step, tokens - done), H, out + at});
             }
         }
-    share_out(parts.size(), threads, [&](long task) { run(parts[parts.size() - 1 - task]); });  // the longest contexts first
+    parallel_for(parts.size(), threads, [&](long task) { run(parts[parts.size() - 1 - task]); });  // the longest contexts first
 }
 
 // The same where every sequence has one new token: q (S, H, K). Calls run(part, next); `next` is this thread's next part or null.
@@ -75,7 +75,7 @@ static inline void each_decode(const float* q, const int32_t* tables, const int6
         const long s = task / G;
         return Part{heads_of(heads, task % G), q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K};
     };
-    share_out_ahead(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task, long next) {
+    parallel_for_prefetching(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task, long next) {
         const Part coming = part(std::min(next, S * G - 1));
         run(part(task), next < S * G ? &coming : nullptr);
     });

@@ -10,18 +10,18 @@ constexpr float HIDDEN = -INFINITY;  // score of a masked position, as of one th
 constexpr float LOWEST = -FLT_MAX;   // initial running maximum; it is subtracted, so it must be finite
 static_assert(CHUNK == WIDE * LANES);
 
-static INLINE Words rounded(Floats a, Floats b) { return (Words)_mm512_cvtne2ps_pbh(b, a); }  // a's numbers before b's
-static INLINE Floats multiply_pairs(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+static INLINE Ints rounded(Floats a, Floats b) { return (Ints)_mm512_cvtne2ps_pbh(b, a); }  // a's numbers before b's
+static INLINE Floats multiply_pairs(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
 // 2^x for x <= 0, relative error about 3e-6; NaN stays NaN, minus infinity gives 0.
 static INLINE Floats power_of_two(Floats x) {
     const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
-    Floats power = all(0.00133335581f);
-    power = multiply_add(power, part, all(0.00961812911f));
-    power = multiply_add(power, part, all(0.0555041087f));
-    power = multiply_add(power, part, all(0.240226507f));
-    power = multiply_add(power, part, all(0.693147181f));
-    power = multiply_add(power, part, all(1.0f));
+    Floats power = broadcast(0.00133335581f);
+    power = multiply_add(power, part, broadcast(0.00961812911f));
+    power = multiply_add(power, part, broadcast(0.0555041087f));
+    power = multiply_add(power, part, broadcast(0.240226507f));
+    power = multiply_add(power, part, broadcast(0.693147181f));
+    power = multiply_add(power, part, broadcast(1.0f));
     return _mm512_scalef_ps(power, whole);
 }
 
@@ -40,7 +40,7 @@ struct Tile {
         const long rows = part.rows();
         q.resize(rows * K / 2); keys.resize(K / 2 * CHUNK); values.assign(CHUNK / 2 * width, 0); nothing.assign(K, 0);
         out.assign(rows * width, 0); most.assign(rows, LOWEST); sums.assign(rows * LANES, 0); seen.resize(rows);
-        const Floats scale = all(1.44269504f / std::sqrt(float(K)));  // softmax in base 2
+        const Floats scale = broadcast(1.44269504f / std::sqrt(float(K)));  // softmax in base 2
         for (long row = 0; row < rows; ++row) {
             const float* from = part.q + part.place(row, K);
             seen[row] = part.visible(row, 0);
@@ -61,31 +61,31 @@ struct Tile {
         for (long p = 0; p < CHUNK; p += LANES)
             for (long k = 0; k < K / 2; k += 4) {
                 Floats turned[4];
-                for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
-                turn(turned[0], turned[1], turned[2], turned[3]);
+                for (int i = 0; i < 4; ++i) turned[i] = load_fours(key_at + p + i, k);
+                transpose_fours(turned[0], turned[1], turned[2], turned[3]);
                 for (int i = 0; i < 4; ++i) store((float*)&keys[(k + i) * CHUNK + p], turned[i]);
             }
         for (long p = 0; p < CHUNK; p += 2)
             for (long k = 0; k < K; k += LANES) {
                 const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p] + k / 2)));
                 const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p + 1] + k / 2)));
-                _mm512_storeu_si512(&values[p / 2 * width + k], _mm512_or_si512(first, left<16>(second)));
+                _mm512_storeu_si512(&values[p / 2 * width + k], _mm512_or_si512(first, shift_left<16>(second)));
             }
     }
 
     // Online softmax: turns a row's scores into weights relative to the running maximum. Returns the factor that rescales earlier sums.
     INLINE float weigh(const float* scores, long row, long start, int32_t* weights) {
         Floats score[WIDE];
-        each<WIDE>([&](auto i) INLINED { score[i] = load(scores + i * LANES); });
+        unrolled<WIDE>([&](auto i) INLINED { score[i] = load(scores + i * LANES); });
         const long visible = seen[row] - start;
         if (visible < CHUNK)
-            each<WIDE>([&](auto i) INLINED {
+            unrolled<WIDE>([&](auto i) INLINED {
                 const long some = std::min(std::max(visible - i * LANES, 0L), long(LANES));
-                score[i] = _mm512_mask_blend_ps(__mmask16((1u << some) - 1), all(HIDDEN), score[i]);
+                score[i] = _mm512_mask_blend_ps(__mmask16((1u << some) - 1), broadcast(HIDDEN), score[i]);
             });
-        const float before = most[row], now = std::max(before, highest_of(highest(highest(score[0], score[1]), highest(score[2], score[3]))));
-        each<WIDE>([&](auto i) INLINED { score[i] = power_of_two(_mm512_sub_ps(score[i], all(now))); });
-        const Floats kept = power_of_two(all(before - now));
+        const float before = most[row], now = std::max(before, reduce_max(maximum(maximum(score[0], score[1]), maximum(score[2], score[3]))));
+        unrolled<WIDE>([&](auto i) INLINED { score[i] = power_of_two(_mm512_sub_ps(score[i], broadcast(now))); });
+        const Floats kept = power_of_two(broadcast(before - now));
         store(&sums[row * LANES], multiply_add(load(&sums[row * LANES]), kept, add(add(score[0], score[1]), add(score[2], score[3]))));
         most[row] = now;
         _mm512_storeu_si512(weights, rounded(score[0], score[1]));
@@ -96,11 +96,11 @@ struct Tile {
     // c (R rows) += a (R, depth pairs) b (depth pairs, WIDE registers).
     template <int R> static INLINE void multiply_rows(const int32_t* a, long a_stride, const int32_t* b, long b_stride, long depth, Floats (&c)[R][WIDE]) {
         for (long k = 0; k < depth; ++k) {
-            Words pairs[WIDE];
-            each<WIDE>([&](auto i) INLINED { pairs[i] = load_words(b + k * b_stride + i * LANES); });
-            each<R>([&](auto r) INLINED {
-                const Words value = all_words(a[r * a_stride + k]);
-                each<WIDE>([&](auto i) INLINED { c[r][i] = multiply_pairs(c[r][i], value, pairs[i]); });
+            Ints pairs[WIDE];
+            unrolled<WIDE>([&](auto i) INLINED { pairs[i] = load_ints(b + k * b_stride + i * LANES); });
+            unrolled<R>([&](auto r) INLINED {
+                const Ints value = broadcast_int(a[r * a_stride + k]);
+                unrolled<WIDE>([&](auto i) INLINED { c[r][i] = multiply_pairs(c[r][i], value, pairs[i]); });
             });
         }
     }
@@ -110,18 +110,18 @@ struct Tile {
         alignas(64) int32_t weights[R][CHUNK / 2];
         float kept[R];
         Floats score[R][WIDE];
-        each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { score[r][i] = zeros(); }); });
+        unrolled<R>([&](auto r) INLINED { unrolled<WIDE>([&](auto i) INLINED { score[r][i] = zeros(); }); });
         multiply_rows<R>(&q[row * K / 2], K / 2, keys.data(), CHUNK, K / 2, score);
-        each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { store(scores[r] + i * LANES, score[r][i]); }); });
+        unrolled<R>([&](auto r) INLINED { unrolled<WIDE>([&](auto i) INLINED { store(scores[r] + i * LANES, score[r][i]); }); });
         for (int r = 0; r < R; ++r) kept[r] = weigh(scores[r], row + r, start, weights[r]);
         for (long k = 0; k < width; k += WIDE * LANES) {
             Floats sum[R][WIDE];
             float* to = &out[row * width + k];
-            each<R>([&](auto r) INLINED {
-                each<WIDE>([&](auto i) INLINED { sum[r][i] = multiply(load(to + r * width + i * LANES), all(kept[r])); });
+            unrolled<R>([&](auto r) INLINED {
+                unrolled<WIDE>([&](auto i) INLINED { sum[r][i] = multiply(load(to + r * width + i * LANES), broadcast(kept[r])); });
             });
             multiply_rows<R>(weights[0], CHUNK / 2, &values[k], width, CHUNK / 2, sum);
-            each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { store(to + r * width + i * LANES, sum[r][i]); }); });
+            unrolled<R>([&](auto r) INLINED { unrolled<WIDE>([&](auto i) INLINED { store(to + r * width + i * LANES, sum[r][i]); }); });
         }
     }
 };
@@ -132,8 +132,8 @@ struct Tile {
 static void prefetch(const Cache<Bf16>& cache, const Part& part, long first, long last) {
     cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long place) {
         for (long k = 0; k < cache.K; k += 64 / sizeof(Bf16)) {
-            fetch(cache.keys + place + k);
-            fetch(cache.values + place + k);
+            prefetch_l2(cache.keys + place + k);
+            prefetch_l2(cache.values + place + k);
             asm volatile("");  // else the compiler removes the loop as having no effect
         }
     });
@@ -159,13 +159,13 @@ static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next)
         for (long group = 0; group < groups; ++group) {
             prefetch_share(group);
             const long row = group * rows / groups;
-            with_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
+            dispatch_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
         }
     }
     for (long row = 0; row < rows; ++row) {
         float* to = part.out + part.place(row, K);
-        const float sum = sum_of(load(&tile->sums[row * LANES]));
-        for (long k = 0; k < K; k += LANES) store(to + k, divide(load(&tile->out[row * tile->width + k]), all(sum)));
+        const float sum = reduce_add(load(&tile->sums[row * LANES]));
+        for (long k = 0; k < K; k += LANES) store(to + k, divide(load(&tile->out[row * tile->width + k]), broadcast(sum)));
     }
 }
 
@@ -188,7 +188,7 @@ void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, con
 // `width` must be a multiple of LANES.
 void manta_write_kv_bf16(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, Bf16* keys, Bf16* values, long T,
                          long width, int threads) {
-    share_out(T, T * width > 32768 ? threads : 1, [&](long t) {
+    parallel_for(T, T * width > 32768 ? threads : 1, [&](long t) {
         for (long i = 0; i < width; i += LANES) {
             _mm256_storeu_si256((__m256i*)(keys + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(k + t * k_stride + i)));
             _mm256_storeu_si256((__m256i*)(values + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(v + t * v_stride + i)));

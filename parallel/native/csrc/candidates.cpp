@@ -8,10 +8,10 @@ constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // The maximum of `count` values, ignoring NaN; LOWEST if all are NaN.
 static inline float highest_number(const float* x, long count) {
-    Floats most = all(LOWEST);
+    Floats most = broadcast(LOWEST);
     long i = 0;
-    for (; i + LANES <= count; i += LANES) most = highest(load(x + i), most);  // if either operand is NaN, the instruction returns the second
-    float found = highest_of(most);
+    for (; i + LANES <= count; i += LANES) most = maximum(load(x + i), most);  // if either operand is NaN, the instruction returns the second
+    float found = reduce_max(most);
     for (; i < count; ++i) found = x[i] > found ? x[i] : found;
     return found;
 }
@@ -52,5 +52,5 @@ static void candidates(const float* x, long N, long count, long stretch, float* 
 
 // x (R, N), rows `stride` apart; values and indices (R, count).
 extern "C" void manta_candidates(const float* x, long stride, float* values, int64_t* places, long R, long N, long count, long stretch, int threads) {
-    share_out(R, threads, [&](long r) { candidates(x + r * stride, N, count, stretch, values + r * count, places + r * count); });
+    parallel_for(R, threads, [&](long r) { candidates(x + r * stride, N, count, stretch, values + r * count, places + r * count); });
 }

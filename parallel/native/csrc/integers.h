@@ -20,10 +20,10 @@ struct Scales {
     static constexpr int32_t OF_INT4 = 8;
     Floats scale;
 
-    INLINED explicit Scales(const Stored* at) : scale(from_halves(at)) {}
-    static INLINE Words begin(int32_t start) { return all_words(start); }
-    INLINE Floats whole(Words sum, int32_t) const { return to_floats(sum); }
-    INLINE Floats taken_away(int32_t offset) const { return to_floats(all_words(offset)); }
+    INLINED explicit Scales(const Stored* at) : scale(halves_to_floats(at)) {}
+    static INLINE Ints begin(int32_t start) { return broadcast_int(start); }
+    INLINE Floats whole(Ints sum, int32_t) const { return to_floats(sum); }
+    INLINE Floats taken_away(int32_t offset) const { return to_floats(broadcast_int(offset)); }
 };
 
 // ... or is a zero point per group, which is subtracted at the end of the group. Scale and zero point share 32 bits; see parallel/zero_points.py.
@@ -31,33 +31,33 @@ struct ScalesAndZeros {
     using Stored = uint32_t;
     static constexpr int32_t OF_INT4 = 1;  // to be multiplied by the zero
     Floats scale;
-    Words zero;
+    Ints zero;
 
     INLINED explicit ScalesAndZeros(const Stored* at) {
-        const Words word = load_words(at);
-        scale = from_low_halves(word);
-        zero = right<16>(word);
+        const Ints word = load_ints(at);
+        scale = half_ints_to_floats(word);
+        zero = shift_right<16>(word);
     }
-    static INLINE Words begin(int32_t) { return no_words(); }
-    INLINE Floats whole(Words sum, int32_t start) const { return to_floats(add_words(sum, multiply_words(zero, all_words(start)))); }
+    static INLINE Ints begin(int32_t) { return zero_ints(); }
+    INLINE Floats whole(Ints sum, int32_t start) const { return to_floats(add_ints(sum, multiply_ints(zero, broadcast_int(start)))); }
     INLINE Floats taken_away(int32_t) const { return to_floats(zero); }
 };
 
 // sums = initial + rows * weights, in integers within each group; `products` adds those of one group to its sums.
 template <class Scales, int R, int P, class Row, class Products>
-static INLINE void accumulate_groups(const Row* rows, const typename Scales::Stored* scales, long panel, long groups, long first, long last, InitialSums initial, float* sums,
-                                  long stride, Products products) {
+static INLINE void accumulate_groups(const Row* rows, const typename Scales::Stored* scales, long panel, long groups, long first, long last,
+                                     InitialSums initial, float* sums, long stride, Products products) {
     for (long g = first; g < last; ++g) {
-        Words sum[R][P][2];
-        each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
+        Ints sum[R][P][2];
+        unrolled<R>([&](auto r) INLINED { unrolled<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
         products(g, sum);
-        each<P>([&](auto p) INLINED {
-            each<2>([&](auto h) INLINED {
+        unrolled<P>([&](auto p) INLINED {
+            unrolled<2>([&](auto h) INLINED {
                 const Scales held(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
-                each<R>([&](auto r) INLINED {
+                unrolled<R>([&](auto r) INLINED {
                     float* at = sums + r * stride + p * PANEL + h * LANES;
                     const Floats whole = held.whole(sum[r][p][h], rows[r].starts[g]);
-                    store(at, multiply_add(whole, multiply(all(rows[r].scales[g]), held.scale), initial.load(r, p, h)));
+                    store(at, multiply_add(whole, multiply(broadcast(rows[r].scales[g]), held.scale), initial.load(r, p, h)));
                 });
             });
         });
@@ -66,15 +66,15 @@ static INLINE void accumulate_groups(const Row* rows, const typename Scales::Sto
 }
 
 // Adds two input features of R rows times those of the 2 * LANES outputs of a panel.
-template <int R, int P> static INLINE void add_two(const QuantisedRow<int16_t>* rows, long k, Words even, Words odd, Words (&sum)[R][P][2], int p) {
-    each<R>([&](auto r) INLINED {
+template <int R, int P> static INLINE void add_two(const QuantisedRow<int16_t>* rows, long k, Ints even, Ints odd, Ints (&sum)[R][P][2], int p) {
+    unrolled<R>([&](auto r) INLINED {
         int32_t pair;
         memcpy(&pair, rows[r].x + k, 4);
-        const Words value = all_words(pair);
+        const Ints value = broadcast_int(pair);
         sum[r][p][0] = add_pairs(sum[r][p][0], even, value);
-        hold(sum[r][p][0]);
+        keep_in_register(sum[r][p][0]);
         sum[r][p][1] = add_pairs(sum[r][p][1], odd, value);
-        hold(sum[r][p][1]);
+        keep_in_register(sum[r][p][1]);
     });
 }
 
@@ -90,15 +90,17 @@ struct Int8 {
     static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
-        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, [&](long g, auto& sum) INLINED {
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+        const auto products = [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
-                each<P>([&](auto p) INLINED {
+                unrolled<P>([&](auto p) INLINED {
                     const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
                     if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
-                    add_two<R, P>(rows, k, from_bytes(at), from_bytes(at + 2 * LANES), sum, p);
+                    add_two<R, P>(rows, k, bytes_to_shorts(at), bytes_to_shorts(at + 2 * LANES), sum, p);
                 });
-        });
+        };
+        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, products);
     }
 };
 
@@ -114,20 +116,23 @@ template <class Scales> struct Int4Of {
     static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = MAX_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
-        const Words mask = all_words(0x000f000f);
-        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, [&](long g, auto& sum) INLINED {
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+        const Ints mask = broadcast_int(0x000f000f);
+        const auto products = [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
-                each<P>([&](auto p) INLINED {
+                unrolled<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
                     if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
-                    each<4>([&](auto s) INLINED {
-                        hold(at);  // loaded again for each pair: registers are needed for the sums
-                        const Words even = both(right<4 * s>(load_words(at)), mask), odd = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
+                    unrolled<4>([&](auto s) INLINED {
+                        keep_in_register(at);  // loaded again for each pair: registers are needed for the sums
+                        const Ints even = bit_and(shift_right<4 * s>(load_ints(at)), mask);
+                        const Ints odd = bit_and(shift_right<4 * s>(load_ints(at + 4 * LANES)), mask);
                         add_two<R, P>(rows, k + 2 * s, even, odd, sum, p);
                     });
                 });
-        });
+        };
+        accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, initial, sums, stride, products);
     }
 };
 
@@ -138,13 +143,13 @@ using Int4Zeros = Int4Of<ScalesAndZeros>;
 constexpr long ROW_GROUP = 128;  // numbers of a row in 8 bits that share a scale
 
 // Adds four input features of R rows times those of the 2 * LANES outputs of a panel (VPDPBUSD, whose left operand is unsigned).
-template <int R, int P> static INLINE void add_four(const StridedRows<R, int8_t>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
-    each<R>([&](auto r) INLINED {
-        const Words value = rows.template at<r>();
+template <int R, int P> static INLINE void add_four(const StridedRows<R, int8_t>& rows, Ints first, Ints second, Ints (&sum)[R][P][2], int p) {
+    unrolled<R>([&](auto r) INLINED {
+        const Ints value = rows.template at<r>();
         sum[r][p][0] = _mm512_dpbusd_epi32(sum[r][p][0], first, value);
-        hold(sum[r][p][0]);
+        keep_in_register(sum[r][p][0]);
         sum[r][p][1] = _mm512_dpbusd_epi32(sum[r][p][1], second, value);
-        hold(sum[r][p][1]);
+        keep_in_register(sum[r][p][1]);
     });
 }
 
@@ -160,18 +165,19 @@ struct Int8Dot {
     static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = 8;  // with up to 8 rows the sums over groups stay in registers, too
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         StridedRows<R, int8_t> x(rows, k0);
-        const auto products = [&](long g, Words (&sum)[R][P][2]) INLINED {
+        const auto products = [&](long g, Ints (&sum)[R][P][2]) INLINED {
             long k = g * ROW_GROUP;
             do {  // a loop with at least one iteration: for others the compiler copies registers
-                each<P>([&](auto p) INLINED {
+                unrolled<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
                     if (R <= 2 || P == 1) {  // for others prefetching costs more than it saves (measured)
-                        fetch(at + ahead * PANEL);
-                        fetch(at + ahead * PANEL + 4 * LANES);
+                        prefetch_l2(at + ahead * PANEL);
+                        prefetch_l2(at + ahead * PANEL + 4 * LANES);
                     }
-                    add_four<R, P>(x, load_words(at), load_words(at + 4 * LANES), sum, p);
+                    add_four<R, P>(x, load_ints(at), load_ints(at + 4 * LANES), sum, p);
                 });
                 x.advance(4);
                 k += 4;
@@ -186,21 +192,22 @@ struct Int8Dot {
 private:
     // accumulate_groups with the sums over groups in registers.
     template <int R, int P, class Products>
-    INLINE void accumulate_groups_in_registers(const Row* rows, long panel, long first, long last, InitialSums initial, float* sums, long stride, Products products) const {
+    INLINE void accumulate_groups_in_registers(const Row* rows, long panel, long first, long last, InitialSums initial, float* sums, long stride,
+                                               Products products) const {
         Floats total[R][P][2];
         const auto each_sum = [&](auto run) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { each<R>([&](auto r) INLINED { run(r, p, h); }); }); });
+            unrolled<P>([&](auto p) INLINED { unrolled<2>([&](auto h) INLINED { unrolled<R>([&](auto r) INLINED { run(r, p, h); }); }); });
         };
         each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = initial.load(r, p, h); });
         for (long g = first; g < last; ++g) {
-            Words sum[R][P][2];
-            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+            Ints sum[R][P][2];
+            unrolled<R>([&](auto r) INLINED { unrolled<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = broadcast_int(rows[r].starts[g]); }); });
             products(g, sum);
-            each<P>([&](auto p) INLINED {
-                each<2>([&](auto h) INLINED {
-                    const Floats scale = from_halves(scales + ((panel + p) * (K / ROW_GROUP) + g) * PANEL + h * LANES);
-                    each<R>([&](auto r) INLINED {
-                        total[r][p][h] = multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), total[r][p][h]);
+            unrolled<P>([&](auto p) INLINED {
+                unrolled<2>([&](auto h) INLINED {
+                    const Floats scale = halves_to_floats(scales + ((panel + p) * (K / ROW_GROUP) + g) * PANEL + h * LANES);
+                    unrolled<R>([&](auto r) INLINED {
+                        total[r][p][h] = multiply_add(to_floats(sum[r][p][h]), multiply(broadcast(rows[r].scales[g]), scale), total[r][p][h]);
                     });
                 });
             });
@@ -223,27 +230,29 @@ template <class Scales, long GROUP> struct Int4DotOf {
 
     // Work per group matters most with many rows, so a group ends with a single multiply-add of its sum and its scale. The row's scale is applied
     // once per ROW_GROUP inputs.
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
-        const Words mask = all_words(0x0f0f0f0f);
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+        const Ints mask = broadcast_int(0x0f0f0f0f);
         StridedRows<R, int8_t> x(rows, k0);
         Floats total[R][P][2];
         const auto add_group = [&](long g, auto is_first) INLINED {
-            Words sum[R][P][2];
-            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
+            Ints sum[R][P][2];
+            unrolled<R>([&](auto r) INLINED { unrolled<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
             for (long k = g * group; k < (g + 1) * group; k += 8)
-                each<2>([&](auto s) INLINED {
-                    each<P>([&](auto p) INLINED {
+                unrolled<2>([&](auto s) INLINED {
+                    unrolled<P>([&](auto p) INLINED {
                         const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
-                        fetch(at + ahead * PANEL / 2 + 4 * LANES * s);
-                        const Words first = both(right<4 * s>(load_words(at)), mask), second = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
+                        prefetch_l2(at + ahead * PANEL / 2 + 4 * LANES * s);
+                        const Ints first = bit_and(shift_right<4 * s>(load_ints(at)), mask);
+                        const Ints second = bit_and(shift_right<4 * s>(load_ints(at + 4 * LANES)), mask);
                         add_four<R, P>(x, first, second, sum, p);
                     });
                     x.advance(4);
                 });
-            each<P>([&](auto p) INLINED {
-                each<2>([&](auto h) INLINED {
+            unrolled<P>([&](auto p) INLINED {
+                unrolled<2>([&](auto h) INLINED {
                     const Scales held(scales + ((panel + p) * (K / group) + g) * PANEL + h * LANES);
-                    each<R>([&](auto r) INLINED {
+                    unrolled<R>([&](auto r) INLINED {
                         const Floats found = held.whole(sum[r][p][h], rows[r].starts[g]);
                         total[r][p][h] = is_first ? multiply(found, held.scale) : multiply_add(found, held.scale, total[r][p][h]);
                     });
@@ -254,10 +263,10 @@ template <class Scales, long GROUP> struct Int4DotOf {
             const long first = k / group, last = std::min(k + ROW_GROUP, k1) / group;
             add_group(first, std::true_type());
             for (long g = first + 1; g < last; ++g) add_group(g, std::false_type());
-            each<R>([&](auto r) INLINED {
-                const Floats scale = all(rows[r].scales[k / ROW_GROUP]);
-                each<P>([&](auto p) INLINED {
-                    each<2>([&](auto h) INLINED {
+            unrolled<R>([&](auto r) INLINED {
+                const Floats scale = broadcast(rows[r].scales[k / ROW_GROUP]);
+                unrolled<P>([&](auto p) INLINED {
+                    unrolled<2>([&](auto h) INLINED {
                         float* at = sums + r * stride + p * PANEL + h * LANES;
                         store(at, multiply_add(total[r][p][h], scale, initial.load(r, p, h)));
                     });
@@ -280,17 +289,17 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
     Floats most = zeros(), poison = zeros();
     for (long i = 0; i < group; i += LANES) {
         Floats value = load(x + i);
-        most = highest(most, as_floats(both(load_words(x + i), all_words(0x7fffffff))));
+        most = maximum(most, as_floats(bit_and(load_ints(x + i), broadcast_int(0x7fffffff))));
         poison = multiply_add(value, zeros(), poison);
     }
-    const float bad = sum_of(poison), found = bad == 0 ? highest_of(most) : 0;
+    const float bad = reduce_add(poison), found = bad == 0 ? reduce_max(most) : 0;
     const float top = found > MIN_ABS_MAX ? found : 0;
-    const Floats inverse = all(top > 0 ? 32767.0f / top : 0.0f);
+    const Floats inverse = broadcast(top > 0 ? 32767.0f / top : 0.0f);
     alignas(64) int32_t words[MAX_GROUP];
-    Words sum = no_words();
+    Ints sum = zero_ints();
     for (long i = 0; i < group; i += LANES) {
-        Words number = bad == 0 ? to_words(multiply(load(x + i), inverse)) : no_words();
-        sum = add_words(sum, number);
+        Ints number = bad == 0 ? to_ints(multiply(load(x + i), inverse)) : zero_ints();
+        sum = add_ints(sum, number);
         store((float*)words + i, as_floats(number));
     }
     for (long i = 0; i < group; ++i) out[i] = int16_t(words[i]);
@@ -305,21 +314,21 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
 #if defined(__AVX512VNNI__)
 // Quantises ROW_GROUP numbers to 8-bit integers; their scale is multiplied by `factor`. There is an initial sum per `PER` registers.
 template <int PER> static INLINE void quantise_registers(Floats (&x)[8], float factor, int32_t offset, int8_t* out, float* scale, int32_t* starts) {
-    Words most = no_words(), sum[8 / PER];
-    each<8>([&](auto i) INLINED { most = _mm512_max_epi32(most, both(_mm512_castps_si512(x[i]), all_words(0x7fffffff))); });
+    Ints most = zero_ints(), sum[8 / PER];
+    unrolled<8>([&](auto i) INLINED { most = _mm512_max_epi32(most, bit_and(_mm512_castps_si512(x[i]), broadcast_int(0x7fffffff))); });
     const int32_t bits = _mm512_reduce_max_epi32(most);  // bits are in the order of magnitudes, with those that are not finite last
     float found;
     memcpy(&found, &bits, 4);
     const bool bad = bits >= 0x7f800000;
     const float top = !bad && found > MIN_ABS_MAX ? found : 0;
-    const Floats inverse = all(top > 0 ? 127.0f / top : 0.0f);
-    each<8 / PER>([&](auto g) INLINED { sum[g] = no_words(); });
-    each<8>([&](auto i) INLINED {
-        const Words number = bad ? no_words() : to_words(multiply(x[i], inverse));
-        sum[i / PER] = add_words(sum[i / PER], number);
+    const Floats inverse = broadcast(top > 0 ? 127.0f / top : 0.0f);
+    unrolled<8 / PER>([&](auto g) INLINED { sum[g] = zero_ints(); });
+    unrolled<8>([&](auto i) INLINED {
+        const Ints number = bad ? zero_ints() : to_ints(multiply(x[i], inverse));
+        sum[i / PER] = add_ints(sum[i / PER], number);
         _mm_storeu_si128((__m128i*)(out + i * LANES), _mm512_cvtepi32_epi8(number));
     });
-    each<8 / PER>([&](auto g) INLINED { starts[g] = -offset * _mm512_reduce_add_epi32(sum[g]); });
+    unrolled<8 / PER>([&](auto g) INLINED { starts[g] = -offset * _mm512_reduce_add_epi32(sum[g]); });
     *scale = bad ? NAN : top / 127.0f * factor;
 }
 
@@ -328,21 +337,21 @@ constexpr float HADAMARD_SCALE = 0.08838834764831845f;  // one over the root of 
 // Flips the signs of half of the numbers of a group of 128, chosen pseudo-randomly by the digits of pi.
 static INLINE void flip_signs(Floats (&x)[8]) {
     constexpr uint32_t NEGATIVE[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
-    each<8>([&](auto i) INLINED { x[i] = _mm512_mask_sub_ps(x[i], __mmask16(NEGATIVE[i / 2] >> 16 * (i % 2)), zeros(), x[i]); });
+    unrolled<8>([&](auto i) INLINED { x[i] = _mm512_mask_sub_ps(x[i], __mmask16(NEGATIVE[i / 2] >> 16 * (i % 2)), zeros(), x[i]); });
 }
 
 // Multiplies a group of 128 numbers with the Hadamard matrix: butterflies of neighbours, then of numbers two apart, four apart, ...
 static INLINE void hadamard(Floats (&x)[8]) {
-    const auto signs = [](uint16_t negative) INLINED { return _mm512_mask_blend_ps(negative, all(1), all(-1)); };
+    const auto signs = [](uint16_t negative) INLINED { return _mm512_mask_blend_ps(negative, broadcast(1), broadcast(-1)); };
     const Floats by_one = signs(0xaaaa), by_two = signs(0xcccc), by_four = signs(0xf0f0), by_eight = signs(0xff00);
-    each<8>([&](auto i) INLINED {
+    unrolled<8>([&](auto i) INLINED {
         x[i] = multiply_add(x[i], by_one, _mm512_permute_ps(x[i], 0xb1));
         x[i] = multiply_add(x[i], by_two, _mm512_permute_ps(x[i], 0x4e));
         x[i] = multiply_add(x[i], by_four, _mm512_shuffle_f32x4(x[i], x[i], 0xb1));
         x[i] = multiply_add(x[i], by_eight, _mm512_shuffle_f32x4(x[i], x[i], 0x4e));
     });
-    each<3>([&](auto stage) INLINED {
-        each<8>([&](auto i) INLINED {
+    unrolled<3>([&](auto stage) INLINED {
+        unrolled<8>([&](auto i) INLINED {
             constexpr int apart = 1 << stage, at = i;
             if constexpr (!(at & apart)) {
                 const Floats left = x[at], right = x[at + apart];
@@ -357,19 +366,19 @@ static INLINE void hadamard(Floats (&x)[8]) {
 static inline void rotate_groups(float* x, long groups, bool back) {
     for (float* end = x + 128 * groups; x < end; x += 128) {
         Floats group[8];
-        each<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
+        unrolled<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
         if (!back) flip_signs(group);
         hadamard(group);
-        each<8>([&](auto i) INLINED { group[i] = multiply(group[i], all(HADAMARD_SCALE)); });
+        unrolled<8>([&](auto i) INLINED { group[i] = multiply(group[i], broadcast(HADAMARD_SCALE)); });
         if (back) flip_signs(group);
-        each<8>([&](auto i) INLINED { store(x + i * LANES, group[i]); });
+        unrolled<8>([&](auto i) INLINED { store(x + i * LANES, group[i]); });
     }
 }
 
 // Rotated before they are rounded, which spreads outliers over the whole group.
 static inline void quantise_group(const float* x, long, int32_t offset, int8_t* out, float* scale, int32_t* start) {
     Floats turned[8];
-    each<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
+    unrolled<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
     flip_signs(turned);
     hadamard(turned);
     quantise_registers<8>(turned, HADAMARD_SCALE, offset, out, scale, start);
@@ -424,7 +433,7 @@ public:
 
     void fill(long r, long first, const float* x, long width) {
         Floats group[8];
-        each<8>([&](auto i) INLINED {
+        unrolled<8>([&](auto i) INLINED {
             const long left = std::max(0L, std::min(long(LANES), width - i * LANES));
             group[i] = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + i * LANES);
         });

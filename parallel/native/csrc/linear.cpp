@@ -46,7 +46,7 @@ template <class Scales, long GROUP> struct Rows<Int4DotOf<Scales, GROUP>> : Int4
 // Converts x (count, K).
 template <class W> static Rows<W> rows_of(const float* x, long count, long K, long padded, long group, int threads) {
     Rows<W> rows(count, K, padded, group);
-    share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
+    parallel_for(count, count * K > 16384 ? threads : 1, [&](long r) {
         for (long k = 0; k < K; k += FILL_WIDTH) rows.fill(r, k, x + r * K + k, std::min(FILL_WIDTH, K - k));
     });
     return rows;
@@ -87,12 +87,13 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
         const W w = Weights<W>::make(up[e], up_scales[e], outer, group);
         if (few) ups.push_back({w, &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I, threads});
         else gated.push_back({w, &chosen[first], long(counts[e]), &middle, first, I});
-        downs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
+        const W w_down = Weights<W>::make(down[e], down_scales[e], inner, group);
+        downs.push_back({w_down, &middle.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
     }
     run_gemms(gated, threads);
     run_gemms(ups, threads);
     if (few)
-        share_out(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
+        parallel_for(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
             float* at = &gate_up[a * 2 * I];
             gate(at, at + I, at, I);
             for (long k = 0; k < I; k += FILL_WIDTH) middle.fill(a, k, at + k, std::min(FILL_WIDTH, I - k));
@@ -152,7 +153,7 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
                     int threads) {
     const W w = Weights<W>::make(weights, scales, padded, group);
     std::atomic<long> found{0};
-    share_out(T, T * padded > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+    parallel_for(T, T * padded > SERIAL_NUMBERS ? threads : 1, [&](long t) {
         const long output = outputs[t] - first, panel = output / PANEL, place = output % PANEL;
         float* row = rows + t * padded;
         if (output < 0 || output >= N) {
@@ -201,7 +202,7 @@ KIND(int4_zeros_dot, Int4ZerosDot)
 // x (groups, 128) in place; see rotate_groups.
 void manta_turn(float* x, long groups, int back, int threads) {
     const long parts = (groups + 511) / 512;
-    share_out(parts, threads, [&](long part) { rotate_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
+    parallel_for(parts, threads, [&](long part) { rotate_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
 }
 #endif
 }

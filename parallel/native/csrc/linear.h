@@ -61,17 +61,17 @@ public:
     template <class Row> INLINE StridedRows(const Row* rows, long k) {
         once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
         thrice = 3 * once;
-        each<(R + 3) / 4>([&](auto i) INLINED { first[i] = rows[0].x + 4 * i * once + k; });
+        unrolled<(R + 3) / 4>([&](auto i) INLINED { first[i] = rows[0].x + 4 * i * once + k; });
     }
-    template <int r> INLINE Words at() const {  // 32 bits of row r, broadcast
+    template <int r> INLINE Ints at() const {  // 32 bits of row r, broadcast
         int32_t number;
         memcpy(&number, first[r / 4] + (r % 4 == 3 ? thrice : r % 4 * once), 4);
-        return all_words(number);
+        return broadcast_int(number);
     }
     INLINE void advance(long numbers) {
-        each<(R + 3) / 4>([&](auto i) INLINED {
+        unrolled<(R + 3) / 4>([&](auto i) INLINED {
             first[i] += numbers;
-            hold(first[i]);
+            keep_in_register(first[i]);
         });
     }
 };
@@ -109,9 +109,9 @@ public:
 struct PairedBf16 {  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
     using Number = uint16_t;
     static INLINE void load_panel(const uint16_t* at, Floats& low, Floats& high) {
-        const Words pair = load_words(at);
-        low = as_floats(left<16>(pair));
-        high = as_floats(both(pair, all_words(int32_t(0xffff0000))));
+        const Ints pair = load_ints(at);
+        low = as_floats(shift_left<16>(pair));
+        high = as_floats(bit_and(pair, broadcast_int(int32_t(0xffff0000))));
     }
 };
 
@@ -135,7 +135,8 @@ template <class Stored> struct Fp32Product {
         return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
     }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
         Floats sum[R][P][2];
         const Number* w[P];
         const float* x[R];
@@ -152,7 +153,7 @@ template <class Stored> struct Fp32Product {
                 Stored::load_panel(at, low[p], high[p]);
             }
             for (int r = 0; r < R; ++r) {
-                Floats value = all(x[r][k]);
+                Floats value = broadcast(x[r][k]);
                 for (int p = 0; p < P; ++p) {
                     sum[r][p][0] = multiply_add(value, low[p], sum[r][p][0]);
                     sum[r][p][1] = multiply_add(value, high[p], sum[r][p][1]);
@@ -184,34 +185,35 @@ struct Bf16Dot {
 
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         Floats sum[R][P][2];
         const uint16_t* w[P];
         StridedRows<R, uint16_t> x(rows, k0);
-        each<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
-        each<R>([&](auto r) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = initial.load(r, p, h); }); });
+        unrolled<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<P>([&](auto p) INLINED { unrolled<2>([&](auto h) INLINED { sum[r][p][h] = initial.load(r, p, h); }); });
         });
         for (long k = k0; k < k1; k += 2) {
-            Words pairs[P][2];
-            each<P>([&](auto p) INLINED {
+            Ints pairs[P][2];
+            unrolled<P>([&](auto p) INLINED {
                 const uint16_t* at = w[p] + k * PANEL;
                 if (R <= 2 || R == 7 || R == 8) {  // for other numbers of rows prefetching costs more than it saves (measured)
-                    fetch(at + ahead * PANEL);
-                    fetch(at + (ahead + 1) * PANEL);
+                    prefetch_l2(at + ahead * PANEL);
+                    prefetch_l2(at + (ahead + 1) * PANEL);
                 }
-                each<2>([&](auto h) INLINED { pairs[p][h] = load_words(at + h * 2 * LANES); });
+                unrolled<2>([&](auto h) INLINED { pairs[p][h] = load_ints(at + h * 2 * LANES); });
             });
-            each<R>([&](auto r) INLINED {
-                const Words value = x.template at<r>();
-                each<P>([&](auto p) INLINED {
-                    each<2>([&](auto h) INLINED { sum[r][p][h] = _mm512_dpbf16_ps(sum[r][p][h], (__m512bh)value, (__m512bh)pairs[p][h]); });
+            unrolled<R>([&](auto r) INLINED {
+                const Ints value = x.template at<r>();
+                unrolled<P>([&](auto p) INLINED {
+                    unrolled<2>([&](auto h) INLINED { sum[r][p][h] = _mm512_dpbf16_ps(sum[r][p][h], (__m512bh)value, (__m512bh)pairs[p][h]); });
                 });
             });
             x.advance(2);
         }
-        each<R>([&](auto r) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]); }); });
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<P>([&](auto p) INLINED { unrolled<2>([&](auto h) INLINED { store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]); }); });
         });
     }
 };
@@ -252,7 +254,7 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
         for (long r = 0; r < count; ++r)
             for (long p = 0; p < panels; ++p) memcpy(sums + r * stride + p * PANEL, initial_of(p).at, sizeof(float) * PANEL);
     if (parts == 1) {
-        with_rows<W::MAX_ROWS>(count, [&](auto some) {
+        dispatch_rows<W::MAX_ROWS>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
             const auto pass = [&](auto wide, long p) {
                 const bool is_last = p + wide.value == panels;
@@ -272,7 +274,7 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
     const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
         const long first = rows_at(part);
         float* to = sums + first * stride + p * PANEL;
-        with_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto some) {
+        dispatch_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto some) {
             w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
         });
     };
@@ -364,7 +366,7 @@ template <class Gemm> static void run_gemms(const std::vector<Gemm>& jobs, int t
     std::vector<long> ends;
     long total = 0;
     for (const auto& job : jobs) ends.push_back(total += job.tasks());
-    share_out(total, threads, [&](long task) {
+    parallel_for(total, threads, [&](long task) {
         const size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
         jobs[i].run(task - (i ? ends[i - 1] : 0));
     });

@@ -9,34 +9,34 @@ constexpr float WHOLE = 511, LEAST = 1e-30f;
 
 // Operations on registers of 16-bit integers.
 #if defined(__AVX512F__)
-static inline Words all_shorts(int16_t x) { return _mm512_set1_epi16(x); }
-static inline Words to_shorts(Words a, Words b) { return _mm512_packs_epi32(a, b); }  // interleaves a and b in blocks of 128 bits
-static inline Words sizes_of_shorts(Words x) { return _mm512_abs_epi16(x); }
-static inline Words add_shorts(Words a, Words b) { return _mm512_add_epi16(a, b); }
-static inline Words multiply_shorts(Words a, Words b) { return _mm512_mullo_epi16(a, b); }
-template <int N> static inline Words right_shorts(Words x) { return _mm512_srli_epi16(x, N); }
-static inline Words scale_shorts(Words a, Words b) { return _mm512_mulhrs_epi16(a, b); }  // (a * b + 2^14) >> 15
-static inline Words between_shorts(Words x, Words low, Words high) { return _mm512_max_epi16(_mm512_min_epi16(x, high), low); }
-static inline Words sums_of_pairs(Words a, Words b) { return _mm512_madd_epi16(a, b); }
-static inline Words between(Words x, Words low, Words high) { return _mm512_max_epi32(_mm512_min_epi32(x, high), low); }
-static inline void store_bytes(int8_t* p, Words x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
-static inline __m256i halved(Words x) { return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)); }
+static inline Ints all_shorts(int16_t x) { return _mm512_set1_epi16(x); }
+static inline Ints to_shorts(Ints a, Ints b) { return _mm512_packs_epi32(a, b); }  // interleaves a and b in blocks of 128 bits
+static inline Ints sizes_of_shorts(Ints x) { return _mm512_abs_epi16(x); }
+static inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+static inline Ints multiply_shorts(Ints a, Ints b) { return _mm512_mullo_epi16(a, b); }
+template <int N> static inline Ints right_shorts(Ints x) { return _mm512_srli_epi16(x, N); }
+static inline Ints scale_shorts(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }  // (a * b + 2^14) >> 15
+static inline Ints between_shorts(Ints x, Ints low, Ints high) { return _mm512_max_epi16(_mm512_min_epi16(x, high), low); }
+static inline Ints sums_of_pairs(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
+static inline Ints between(Ints x, Ints low, Ints high) { return _mm512_max_epi32(_mm512_min_epi32(x, high), low); }
+static inline void store_bytes(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+static inline __m256i halved(Ints x) { return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)); }
 #else
-static inline Words all_shorts(int16_t x) { return _mm256_set1_epi16(x); }
-static inline Words to_shorts(Words a, Words b) { return _mm256_packs_epi32(a, b); }
-static inline Words sizes_of_shorts(Words x) { return _mm256_abs_epi16(x); }
-static inline Words add_shorts(Words a, Words b) { return _mm256_add_epi16(a, b); }
-static inline Words multiply_shorts(Words a, Words b) { return _mm256_mullo_epi16(a, b); }
-template <int N> static inline Words right_shorts(Words x) { return _mm256_srli_epi16(x, N); }
-static inline Words scale_shorts(Words a, Words b) { return _mm256_mulhrs_epi16(a, b); }
-static inline Words between_shorts(Words x, Words low, Words high) { return _mm256_max_epi16(_mm256_min_epi16(x, high), low); }
-static inline Words sums_of_pairs(Words a, Words b) { return _mm256_madd_epi16(a, b); }
-static inline Words between(Words x, Words low, Words high) { return _mm256_max_epi32(_mm256_min_epi32(x, high), low); }
-static inline void store_bytes(int8_t* p, Words x) {
+static inline Ints all_shorts(int16_t x) { return _mm256_set1_epi16(x); }
+static inline Ints to_shorts(Ints a, Ints b) { return _mm256_packs_epi32(a, b); }
+static inline Ints sizes_of_shorts(Ints x) { return _mm256_abs_epi16(x); }
+static inline Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+static inline Ints multiply_shorts(Ints a, Ints b) { return _mm256_mullo_epi16(a, b); }
+template <int N> static inline Ints right_shorts(Ints x) { return _mm256_srli_epi16(x, N); }
+static inline Ints scale_shorts(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
+static inline Ints between_shorts(Ints x, Ints low, Ints high) { return _mm256_max_epi16(_mm256_min_epi16(x, high), low); }
+static inline Ints sums_of_pairs(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+static inline Ints between(Ints x, Ints low, Ints high) { return _mm256_max_epi32(_mm256_min_epi32(x, high), low); }
+static inline void store_bytes(int8_t* p, Ints x) {
     const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(shorts, shorts));
 }
-static inline __m256i halved(Words x) { return x; }
+static inline __m256i halved(Ints x) { return x; }
 #endif
 
 // The sums of eight registers, as one register.
@@ -56,40 +56,40 @@ static INLINE int32_t sum_of_words(__m256i x) {
 
 static INLINE void choose_scale(const float* weights, int8_t* numbers, uint16_t* scale) {
     Floats x[PARTS];
-    each<PARTS>([&](auto i) INLINED { x[i] = load(weights + i * LANES); });
+    unrolled<PARTS>([&](auto i) INLINED { x[i] = load(weights + i * LANES); });
     Floats high = x[0], low = x[0], poison = zeros();
-    each<PARTS>([&](auto i) INLINED {
-        high = highest(high, x[i]);
-        low = lowest(low, x[i]);
+    unrolled<PARTS>([&](auto i) INLINED {
+        high = maximum(high, x[i]);
+        low = minimum(low, x[i]);
         poison = multiply_add(x[i], zeros(), poison);
     });
-    const bool is_sound = sum_of(poison) == 0;
-    const float top = highest_of(high), bottom = highest_of(multiply(low, all(-1))), most = std::max(top, bottom);
+    const bool is_sound = reduce_add(poison) == 0;
+    const float top = reduce_max(high), bottom = reduce_max(multiply(low, broadcast(-1))), most = std::max(top, bottom);
     if (!is_sound || !(most > LEAST)) {
         *scale = is_sound ? 0 : 0x7e00;  // NaN
-        each<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, no_words()); });
+        unrolled<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, zero_ints()); });
         return;
     }
     const float furthest = bottom >= top ? most : -most;
-    const Floats inverse = all(WHOLE / furthest);
-    Words whole[PARTS / 2], counts[PARTS / 2], counted[PARTS / 2], sizes = no_words();
-    each<PARTS / 2>([&](auto i) INLINED {
-        whole[i] = to_shorts(to_words(multiply(x[2 * i], inverse)), to_words(multiply(x[2 * i + 1], inverse)));
+    const Floats inverse = broadcast(WHOLE / furthest);
+    Ints whole[PARTS / 2], counts[PARTS / 2], counted[PARTS / 2], sizes = zero_ints();
+    unrolled<PARTS / 2>([&](auto i) INLINED {
+        whole[i] = to_shorts(to_ints(multiply(x[2 * i], inverse)), to_ints(multiply(x[2 * i + 1], inverse)));
         counts[i] = sizes_of_shorts(whole[i]);
-        sizes = add_words(sizes, sums_of_pairs(counts[i], all_shorts(1)));
+        sizes = add_ints(sizes, sums_of_pairs(counts[i], all_shorts(1)));
     });
-    const Words mean = all_shorts(int16_t(sum_of_words(halved(sizes)) / GROUP));
-    each<PARTS / 2>([&](auto i) INLINED {
+    const Ints mean = all_shorts(int16_t(sum_of_words(halved(sizes)) / GROUP));
+    unrolled<PARTS / 2>([&](auto i) INLINED {
         counts[i] = right_shorts<COUNT_BITS>(add_shorts(counts[i], mean));
         counted[i] = multiply_shorts(counts[i], whole[i]);
     });
     __m256i products[TRIED], squares[TRIED];
-    each<TRIED>([&](auto tried) INLINED {
-        Words product = no_words(), square = no_words();
-        each<PARTS / 2>([&](auto i) INLINED {
-            const Words number = between_shorts(scale_shorts(whole[i], all_shorts(FIRST_TRIED + tried * STEP_TRIED)), all_shorts(-8), all_shorts(7));
-            product = add_words(product, sums_of_pairs(number, counted[i]));
-            square = add_words(square, sums_of_pairs(number, multiply_shorts(number, counts[i])));
+    unrolled<TRIED>([&](auto tried) INLINED {
+        Ints product = zero_ints(), square = zero_ints();
+        unrolled<PARTS / 2>([&](auto i) INLINED {
+            const Ints number = between_shorts(scale_shorts(whole[i], all_shorts(FIRST_TRIED + tried * STEP_TRIED)), all_shorts(-8), all_shorts(7));
+            product = add_ints(product, sums_of_pairs(number, counted[i]));
+            square = add_ints(square, sums_of_pairs(number, multiply_shorts(number, counts[i])));
         });
         products[tried] = halved(product), squares[tried] = halved(square);
     });
@@ -100,14 +100,14 @@ static INLINE void choose_scale(const float* weights, int8_t* numbers, uint16_t*
     const long best = std::max_element(explained, explained + TRIED) - explained;  // the first among equals
     *scale = _cvtss_sh(fitted[best] * (furthest / WHOLE), _MM_FROUND_TO_NEAREST_INT);
     const float held = _cvtsh_ss(*scale);
-    const Floats back = all(held == 0 ? 0 : 1 / held);
-    each<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, between(to_words(multiply(x[i], back)), all_words(-8), all_words(7))); });
+    const Floats back = broadcast(held == 0 ? 0 : 1 / held);
+    unrolled<PARTS>([&](auto i) INLINED { store_bytes(numbers + i * LANES, between(to_ints(multiply(x[i], back)), broadcast_int(-8), broadcast_int(7))); });
 }
 
 // weights and numbers (groups, 32), scales (groups).
 extern "C" void manta_choose_scales(const float* weights, int8_t* numbers, uint16_t* scales, long groups, int threads) {
     constexpr long AT_ONCE = 512;
-    share_out((groups + AT_ONCE - 1) / AT_ONCE, threads, [&](long part) {
+    parallel_for((groups + AT_ONCE - 1) / AT_ONCE, threads, [&](long part) {
         for (long g = part * AT_ONCE; g < std::min(groups, (part + 1) * AT_ONCE); ++g)
             choose_scale(weights + g * GROUP, numbers + g * GROUP, scales + g);
     });

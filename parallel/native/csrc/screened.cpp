@@ -21,14 +21,14 @@ static inline float bf16_number(uint16_t bits) {
 }
 
 static INLINE Floats max_or_nan(Floats a, Floats b) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), highest(a, b), all(NAN));
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), maximum(a, b), broadcast(NAN));
 }
 
 static INLINE void rotate_group(const float* x, Floats (&group)[8]) {
-    each<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
+    unrolled<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
     flip_signs(group);
     hadamard(group);
-    each<8>([&](auto i) INLINED { group[i] = multiply(group[i], all(HADAMARD_SCALE)); });
+    unrolled<8>([&](auto i) INLINED { group[i] = multiply(group[i], broadcast(HADAMARD_SCALE)); });
 }
 
 // Of the outputs of a panel: the largest norm of rounded weights, and the largest error of an output for a row of norm 1.
@@ -41,18 +41,18 @@ struct PanelNorms {
 static INLINE void quantise_output_group(const float* x, uint8_t* numbers, uint16_t* scale, Floats& kept, Floats& lost, Floats& whole) {
     Floats group[8], most = zeros();
     rotate_group(x, group);
-    each<8>([&](auto i) INLINED { most = highest(most, as_floats(both(_mm512_castps_si512(group[i]), all_words(0x7fffffff)))); });
-    *scale = _cvtss_sh(highest_of(most) / 127, _MM_FROUND_TO_NEAREST_INT);
+    unrolled<8>([&](auto i) INLINED { most = maximum(most, as_floats(bit_and(_mm512_castps_si512(group[i]), broadcast_int(0x7fffffff)))); });
+    *scale = _cvtss_sh(reduce_max(most) / 127, _MM_FROUND_TO_NEAREST_INT);
     const float held = _cvtsh_ss(*scale);
-    const Floats back = all(held == 0 ? 0 : 1 / held);
-    each<8>([&](auto i) INLINED {
-        const Words number = _mm512_max_epi32(_mm512_min_epi32(to_words(multiply(group[i], back)), all_words(127)), all_words(-127));
-        const Floats again = multiply(to_floats(number), all(held)), apart = _mm512_sub_ps(group[i], again);
+    const Floats back = broadcast(held == 0 ? 0 : 1 / held);
+    unrolled<8>([&](auto i) INLINED {
+        const Ints number = _mm512_max_epi32(_mm512_min_epi32(to_ints(multiply(group[i], back)), broadcast_int(127)), broadcast_int(-127));
+        const Floats again = multiply(to_floats(number), broadcast(held)), apart = _mm512_sub_ps(group[i], again);
         kept = multiply_add(again, again, kept);
         lost = multiply_add(apart, apart, lost);
         whole = multiply_add(group[i], group[i], whole);
         alignas(16) uint8_t bytes[LANES];
-        _mm_store_si128((__m128i*)bytes, _mm512_cvtepi32_epi8(add_words(number, all_words(Int8Dot::OFFSET))));
+        _mm_store_si128((__m128i*)bytes, _mm512_cvtepi32_epi8(add_ints(number, broadcast_int(Int8Dot::OFFSET))));
         for (int four = 0; four < LANES / 4; ++four) memcpy(numbers + (i * LANES / 4 + four) * PANEL * 4, bytes + four * 4, 4);
     });
 }
@@ -62,9 +62,9 @@ static void residual_of(const QuantisedRow<int8_t>& row, const float* x, long gr
     for (long g = 0; g < groups; ++g) {
         Floats group[8];
         rotate_group(x + g * ROW_GROUP, group);
-        each<8>([&](auto i) INLINED {
+        unrolled<8>([&](auto i) INLINED {
             const Floats number = to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row.x + g * ROW_GROUP + i * LANES))));
-            store(rest + g * ROW_GROUP + i * LANES, _mm512_fnmadd_ps(number, all(row.scales[g]), group[i]));
+            store(rest + g * ROW_GROUP + i * LANES, _mm512_fnmadd_ps(number, broadcast(row.scales[g]), group[i]));
         });
     }
     rotate_groups(rest, groups, true);
@@ -73,29 +73,30 @@ static void residual_of(const QuantisedRow<int8_t>& row, const float* x, long gr
 static float norm_of(const float* x, long count) {
     Floats sum = zeros();
     for (long i = 0; i < count; i += LANES) sum = multiply_add(load(x + i), load(x + i), sum);
-    return std::sqrt(sum_of(sum)) * NORM_MARGIN;
+    return std::sqrt(reduce_add(sum)) * NORM_MARGIN;
 }
 
 // The maximum of each of `panels` panels, the last of which has `width` outputs; NaN if one of them is NaN.
 static void panel_maxima(const float* y, long panels, long width, float* maxima) {
     for (long p = 0; p < panels; p += LANES) {
-        Floats of_four[4] = {all(NAN), all(NAN), all(NAN), all(NAN)};  // each holds partial maxima of four panels, one lane of four per panel
+        // Each holds partial maxima of four panels, one lane of four per panel.
+        Floats of_four[4] = {broadcast(NAN), broadcast(NAN), broadcast(NAN), broadcast(NAN)};
         const auto of_panel = [&](long panel) INLINED {
-            if (panel >= panels) return all(NAN);
+            if (panel >= panels) return broadcast(NAN);
             const float* at = y + panel * PANEL;
             if (panel == panels - 1 && width < PANEL) {
-                Floats most = all(-INFINITY);
+                Floats most = broadcast(-INFINITY);
                 for (long i = 0; i < width; i += LANES) {
                     const __mmask16 there = width - i < LANES ? (1u << (width - i)) - 1 : 0xffff;
-                    most = max_or_nan(most, _mm512_mask_loadu_ps(all(-INFINITY), there, at + i));
+                    most = max_or_nan(most, _mm512_mask_loadu_ps(broadcast(-INFINITY), there, at + i));
                 }
                 return most;
             }
             return max_or_nan(load(at), load(at + LANES));
         };
-        each<4>([&](auto f) INLINED {
+        unrolled<4>([&](auto f) INLINED {
             Floats a = of_panel(p + 4 * f), b = of_panel(p + 4 * f + 1), c = of_panel(p + 4 * f + 2), d = of_panel(p + 4 * f + 3);
-            turn(a, b, c, d);
+            transpose_fours(a, b, c, d);
             of_four[f] = max_or_nan(max_or_nan(a, b), max_or_nan(c, d));
         });
         // Lane i of every four belongs to panel i, so four partial maxima are left per panel.
@@ -149,7 +150,7 @@ extern "C" {
 // Makes the 8-bit copy (int8_dot) of a matrix (N, K) of bf16_dot. norms (2, panels): `rounded` and `error` of PanelNorms.
 void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales, float* norms, long padded, long rough_padded, long N, int threads) {
     const long panels = (N + PANEL - 1) / PANEL, groups = rough_padded / ROW_GROUP;
-    share_out(panels, threads, [&](long panel) {
+    parallel_for(panels, threads, [&](long panel) {
         std::vector<float> rows(PANEL * rough_padded, 0.0f);
         for (long k = 0; k < padded; ++k)
             for (long output = 0; output < PANEL; ++output)
@@ -158,10 +159,11 @@ void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales
         for (long output = 0; output < PANEL; ++output) {
             Floats kept = zeros(), lost = zeros(), whole = zeros();
             for (long g = 0; g < groups; ++g)
-                quantise_output_group(&rows[output * rough_padded + g * ROW_GROUP], numbers + (panel * rough_padded + g * ROW_GROUP) * PANEL + output * 4,
-                            scales + (panel * groups + g) * PANEL + output, kept, lost, whole);
-            const float rounded = std::sqrt(sum_of(kept)) * NORM_MARGIN;
-            const float error = std::sqrt(sum_of(lost)) * NORM_MARGIN + std::sqrt(sum_of(whole)) * rounding_margin(padded);
+                quantise_output_group(&rows[output * rough_padded + g * ROW_GROUP],
+                                      numbers + (panel * rough_padded + g * ROW_GROUP) * PANEL + output * 4,
+                                      scales + (panel * groups + g) * PANEL + output, kept, lost, whole);
+            const float rounded = std::sqrt(reduce_add(kept)) * NORM_MARGIN;
+            const float error = std::sqrt(reduce_add(lost)) * NORM_MARGIN + std::sqrt(reduce_add(whole)) * rounding_margin(padded);
             found.rounded = found.rounded >= rounded || found.rounded != found.rounded ? found.rounded : rounded;  // NaN stays
             found.error = found.error >= error || found.error != found.error ? found.error : error;
         }
@@ -174,14 +176,14 @@ void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales
 // these, and approximate. With rough_rows = 2 * T the residual of each row is quantised as well, which halves the number of candidates: for few
 // rows, whose product is bound by memory. Returns the number of (row, panel) pairs that were multiplied again, or -1 (y is then undefined) if these
 // would be more than `max_pairs`, or more than `max_panels` different panels.
-long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scales, const uint16_t* weights, const float* norms, const int32_t* num_top,
-                    const int64_t* lowered, const int64_t* ends, float* y, long T, long rough_rows, long K, long padded, long rough_padded, long N,
+long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scales, const uint16_t* weights, const float* norms,
+                    const int32_t* num_top, const int64_t* lowered, const int64_t* ends, float* y, long T, long rough_rows, long K, long padded, long rough_padded, long N,
                     long limit, long max_pairs, long max_panels, int threads) {
     const long panels = (N + PANEL - 1) / PANEL, groups = rough_padded / ROW_GROUP;
     Bf16Rows exact(T, K, padded, 1);
     RoughRows rough(rough_rows, K, rough_padded, ROW_GROUP);
     std::vector<RowNorms> row(T);
-    share_out(T, T * K > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+    parallel_for(T, T * K > SERIAL_NUMBERS ? threads : 1, [&](long t) {
         AlignedBuffer<float> as_multiplied(rough_padded), residual(rough_padded);
         for (long k = 0; k < K; k += FILL_WIDTH) exact.fill(t, k, x + t * K + k, std::min(FILL_WIDTH, K - k));
         for (long k = 0; k < rough_padded; ++k) as_multiplied[k] = k < K ? bf16_number(exact.rows[t].x[k]) : 0;
@@ -201,7 +203,7 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
 
     std::vector<std::vector<int32_t>> candidates(T);  // by row: panels that may contain one of its highest outputs
     std::atomic<long> total{0};
-    share_out(T, threads, [&](long t) {
+    parallel_for(T, threads, [&](long t) {
         std::vector<float> high(panels), low(panels);
         for (long p = 0; p < panels; ++p) {
             const float found = maxima[t * panels + p], error = row[t].error * norms[p] + row[t].norm * norms[panels + p];
@@ -231,7 +233,7 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
     if (long(candidate_panels.size()) > max_panels) return -1;
     const Bf16Dot w = {weights, padded};
     const long num_panels = candidate_panels.size();
-    share_out_ahead(num_panels, threads, [&](long i, long next) {
+    parallel_for_prefetching(num_panels, threads, [&](long i, long next) {
         const long panel = candidate_panels[i], count = rows_of_panel[panel].size();
         std::vector<Bf16Row> chosen;
         std::vector<char> room;

@@ -11,7 +11,7 @@ static inline void gate(const float* left, const float* right, float* out, long 
     long i = 0;
     for (; i + LANES <= I; i += LANES) {
         Floats g = load(left + i);
-        Floats sigmoid = divide(all(1), add(all(1), exponential(multiply(g, all(-1)))));
+        Floats sigmoid = divide(broadcast(1), add(broadcast(1), exponential(multiply(g, broadcast(-1)))));
         store(out + i, multiply(multiply(g, sigmoid), load(right + i)));
     }
     for (; i < I; ++i) out[i] = left[i] / (1 + std::exp(-left[i])) * right[i];
@@ -21,10 +21,10 @@ static inline void norm(const float* x, const float* weight, float* out, long D,
     Floats squares = zeros();
     long i = 0;
     for (; i + LANES <= D; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
-    float sum = sum_of(squares);
+    float sum = reduce_add(squares);
     for (; i < D; ++i) sum += x[i] * x[i];
     const float scale = 1 / std::sqrt(sum / D + eps);
-    for (i = 0; i + LANES <= D; i += LANES) store(out + i, multiply(load(weight + i), multiply(load(x + i), all(scale))));
+    for (i = 0; i + LANES <= D; i += LANES) store(out + i, multiply(load(weight + i), multiply(load(x + i), broadcast(scale))));
     for (; i < D; ++i) out[i] = weight[i] * (x[i] * scale);
 }
 
@@ -35,16 +35,16 @@ static inline float highest_at(const float* x, long N, int64_t* place) {
     long stretch = 0;
     for (long start = 0; start < N; start += STRETCH) {
         const long stop = std::min(N, start + STRETCH);
-        Floats most[4] = {all(x[start]), all(x[start]), all(x[start]), all(x[start])};
+        Floats most[4] = {broadcast(x[start]), broadcast(x[start]), broadcast(x[start]), broadcast(x[start])};
         unsigned not_numbers = 0;
         long i = start;
         for (; i + 4 * LANES <= stop; i += 4 * LANES)
-            each<4>([&](auto n) INLINED {
+            unrolled<4>([&](auto n) INLINED {
                 const Floats some = load(x + i + n * LANES);
-                most[n] = highest(most[n], some);
-                not_numbers |= not_a_number(some);
+                most[n] = maximum(most[n], some);
+                not_numbers |= nan_mask(some);
             });
-        float found = highest_of(highest(highest(most[0], most[1]), highest(most[2], most[3])));
+        float found = reduce_max(maximum(maximum(most[0], most[1]), maximum(most[2], most[3])));
         for (; i < stop; ++i) found = std::max(found, x[i]), not_numbers |= x[i] != x[i];
         if (not_numbers) {
             *place = start;

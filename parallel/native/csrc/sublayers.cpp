@@ -59,9 +59,9 @@ struct Mlp {
                   down.padded, up.group, threads);
             return;
         }
-        AlignedBuffer<float> both(T * up.outputs), middle(T * down.inputs);
-        up.multiply(x, &both[0], T, threads);
-        manta_gate(&both[0], &middle[0], T, down.inputs, threads);
+        AlignedBuffer<float> gate_up(T * up.outputs), middle(T * down.inputs);
+        up.multiply(x, &gate_up[0], T, threads);
+        manta_gate(&gate_up[0], &middle[0], T, down.inputs, threads);
         down.multiply(&middle[0], out, T, threads);
     }
 };
@@ -128,16 +128,16 @@ extern "C" {
 void manta_attention_half(const AttentionSublayer* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
     const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *half;
     const long T = batch->T, width = (H + 2 * G) * K, decodes = batch->decodes, M = batch->M;
-    AlignedBuffer<float> all(T * width);
+    AlignedBuffer<float> qkv_rows(T * width);
     {
         AlignedBuffer<float> normed(T * qkv.inputs);
         norm.add(x, delta, &normed[0], T, qkv.inputs, threads);
-        qkv.multiply(&normed[0], &all[0], T, threads);
+        qkv.multiply(&normed[0], &qkv_rows[0], T, threads);
     }
     AlignedBuffer<float> q(T * H * K), k(T * G * K), attended(T * H * K);
-    manta_rotate(&all[0], width, batch->cos, batch->sin, &q[0], T, H, K, threads);
-    manta_rotate(&all[H * K], width, batch->cos, batch->sin, &k[0], T, G, K, threads);
-    write(&k[0], &all[(H + G) * K], G * K, width, batch->slots, keys, values, T, G * K, threads);
+    manta_rotate(&qkv_rows[0], width, batch->cos, batch->sin, &q[0], T, H, K, threads);
+    manta_rotate(&qkv_rows[H * K], width, batch->cos, batch->sin, &k[0], T, G, K, threads);
+    write(&k[0], &qkv_rows[(H + G) * K], G * K, width, batch->slots, keys, values, T, G * K, threads);
     if (decodes)
         decode(&q[0], keys, values, batch->tables, batch->lengths, heads, &attended[0], decodes, H, G, K, M, block_tokens, threads);
     if (decodes < batch->S)
@@ -183,7 +183,7 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
     if (total)
         run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
             threads);
-    share_out(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
+    parallel_for(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
         float* to = out + n * D;
         memset(to, 0, sizeof(float) * D);
         for (long a = n * A; a < (n + 1) * A; ++a)
@@ -216,17 +216,17 @@ static void choose(const float* logits, long E, long A, bool renormalise, int64_
 long manta_moe_half(const MoeSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
     const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
     const long D = router.inputs, E = router.outputs;
-    AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
+    AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T), shared_out(T * D);
     AlignedBuffer<int64_t> ids(T * A);
     norm.add(x, delta, &normed[0], T, D, threads);
     router.multiply(&normed[0], &logits[0], T, threads);
     for (long t = 0; t < T; ++t) choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A]);
     if (const long missing = manta_weighted_experts(&experts, &normed[0], &ids[0], &weights[0], out, T, A, threads); missing >= 0) return missing;
     shared_gate.multiply(&normed[0], &gates[0], T, threads);
-    shared.run(&normed[0], &all[0], T, threads);
-    share_out(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+    shared.run(&normed[0], &shared_out[0], T, threads);
+    parallel_for(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
         const float gate = 1 / (1 + std::exp(-gates[t]));
-        for (long i = 0; i < D; ++i) out[t * D + i] += gate * all[t * D + i];
+        for (long i = 0; i < D; ++i) out[t * D + i] += gate * shared_out[t * D + i];
     });
     return -1;
 }

@@ -3,7 +3,7 @@
 #include <atomic>
 
 // Calls run(task) once for each of 0 .. tasks-1. Scheduling is dynamic, so another process on one of the cores delays the loop little.
-template <class Run> static inline void share_out(long tasks, int threads, Run run) {
+template <class Run> static inline void parallel_for(long tasks, int threads, Run run) {
     if (threads <= 1 || tasks <= 1) {
         for (long task = 0; task < tasks; ++task) run(task);
         return;
@@ -14,7 +14,7 @@ template <class Run> static inline void share_out(long tasks, int threads, Run r
 }
 
 // The same with run(task, next), where `next` is the task that the same thread will run next (`tasks` or more: none), so it can prefetch for it.
-template <class Run> static inline void share_out_ahead(long tasks, int threads, Run run) {
+template <class Run> static inline void parallel_for_prefetching(long tasks, int threads, Run run) {
     std::atomic<long> first{0};
     const auto work = [&] {
         for (long task = first.fetch_add(1, std::memory_order_relaxed), next; task < tasks; task = next) {
