@@ -1,4 +1,4 @@
-"""Step 14 of a request: the bypass, a socket by which a front sends pieces of response streams to the proxy of its host, past Ray.
+"""Place 14 of a request: the bypass, a socket by which a front sends pieces of response streams to the proxy of its host, past Ray.
 
 Through Ray each piece of each stream would be a message of its own, at about a millisecond of CPU on both sides together. Here one message
 holds all pieces that are ready at the same time, usually a step's tokens for all streams of a front.

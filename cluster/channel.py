@@ -1,4 +1,4 @@
-"""Steps 4, 5 and 8 of a request: the sockets that carry messages.
+"""Places 4, 5 and 8 of a request: the sockets that carry messages.
 
 Processes of one host use Unix sockets in a private folder. Between hosts it is TCP on the node's own address, always encrypted, with
 mutual authentication by CURVE keys, which are exchanged through Ray only.

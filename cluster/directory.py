@@ -1,4 +1,4 @@
-"""Step 4 of a request: the directory of replicas. A named Ray actor with soft state (entries expire), and its clients."""
+"""Place 4 of a request: the directory of replicas. A named Ray actor with soft state (entries expire), and its clients."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Step 8 of a request: the executor whose ranks are Ray actors. It sends each plan to every rank and collects one result per shard."""
+"""Place 8 of a request: the executor whose ranks are Ray actors. It sends each plan to every rank and collects one result per shard."""
 
 import logging
 import threading

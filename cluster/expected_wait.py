@@ -1,4 +1,4 @@
-"""Step 4 of a request: the routing policy that chooses the replica with the shortest expected time to first token.
+"""Place 4 of a request: the routing policy that chooses the replica with the shortest expected time to first token.
 
 The estimate is the time for the tokens queued at a replica and for those of the prompt that are not in its prefix cache, at the speed that
 the replica has measured. A session stays with its replica unless that would take longer by more than `session_worth_s`.

@@ -1,4 +1,4 @@
-"""Step 5 of a request: the replica's side of the protocol with the fronts. It knows which front owns which request.
+"""Place 5 of a request: the replica's side of the protocol with the fronts. It knows which front owns which request.
 
 It has no sockets and no threads: `cluster.intake` hands it the messages that came, and a function that sends.
 """

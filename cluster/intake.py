@@ -1,4 +1,4 @@
-"""Step 5 of a request: the replica's server socket for fronts. They submit requests; each gets one message with its tokens per step."""
+"""Place 5 of a request: the replica's server socket for fronts. They submit requests; each gets one message with its tokens per step."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Steps 4, 5 and 8 of a request: the messages between processes.
+"""Places 4, 5 and 8 of a request: the messages between processes.
 
 A message is two bytes (version, kind) and a msgpack body, which msgspec validates against the dataclass of that kind.
 """

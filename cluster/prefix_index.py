@@ -1,4 +1,4 @@
-"""Step 4 of a request: a front's index of the blocks in a replica's prefix cache: those it reported, and those that will be there soon."""
+"""Place 4 of a request: a front's index of the blocks in a replica's prefix cache: those it reported, and those that will be there soon."""
 
 import time
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Step 5 of a request: a replica, which is one copy of the model on its ranks, the engine that drives them, and a socket for the fronts."""
+"""Place 5 of a request: a replica, one copy of the model on its ranks, the engine that drives them, and a socket for the fronts."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Step 4 of a request: one front's connection to one replica, and the streams that it carries."""
+"""Place 4 of a request: one front's connection to one replica, and the streams that it carries."""
 
 import asyncio
 import itertools

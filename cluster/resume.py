@@ -1,4 +1,4 @@
-"""Step 4 of a request, after a loss: whether it may be tried on another replica, and the counters of that."""
+"""Place 4 of a request, after a loss: whether it may be tried on another replica, and the counters of that."""
 
 import hashlib
 import logging

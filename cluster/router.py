@@ -1,4 +1,4 @@
-"""Step 4 of a request: choose a replica for it, and move its stream to another replica when that one is lost.
+"""Place 4 of a request: choose a replica for it, and move its stream to another replica when that one is lost.
 
 A front keeps the committed tokens of every choice: those it has already sent towards the client. When a replica is lost, the
 router submits prompt + committed tokens to another one with the next attempt number. Sampling noise depends only on seed, choice

@@ -1,4 +1,4 @@
-"""Step 4 of a request: the routing policies, and which one the settings choose."""
+"""Place 4 of a request: the routing policies, and which one the settings choose."""
 
 import itertools
 from collections.abc import Sequence

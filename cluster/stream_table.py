@@ -1,4 +1,4 @@
-"""Step 5 of a request: to which front and which of its streams a token belongs, looked up for all tokens of a step at once.
+"""Place 5 of a request: to which front and which of its streams a token belongs, looked up for all tokens of a step at once.
 
 A front numbers its streams (`Request.tag`); the replica gives each stream a tag of its own towards the engine. That tag is a slot in this
 table and a serial number, so a token that comes after its stream was removed matches no stream, even if the slot was reused.

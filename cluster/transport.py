@@ -1,4 +1,4 @@
-"""Step 4 of a request: the transport of bytes between a front and one replica."""
+"""Place 4 of a request: the transport of bytes between a front and one replica."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Step 8 of a request, in the worker: the Ray actor that runs one rank, and its loop from `StepPlan` to `StepResult`."""
+"""Place 8 of a request, in the worker: the Ray actor that runs one rank, and its loop from `StepPlan` to `StepResult`."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Step 7 of a request, first half: the waiting queue, and which sequence is admitted next on which shard."""
+"""Place 7 of a request, first half: the waiting queue, and which sequence is admitted next on which shard."""
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator

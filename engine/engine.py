@@ -1,4 +1,4 @@
-"""Step 6 of a request: the engine's loop. It takes requests in, runs the scheduler and the executor, and hands events out."""
+"""Place 6 of a request: the engine's loop. It takes requests in, runs the scheduler and the executor, and hands events out."""
 
 import logging
 import threading

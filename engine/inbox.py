@@ -1,4 +1,4 @@
-"""Step 6 of a request: where any thread leaves requests and cancellations, and the engine's thread picks them up."""
+"""Place 6 of a request: where any thread leaves requests and cancellations, and the engine's thread picks them up."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Step 7 of a request, after workers were lost: every sequence of the lost step must run alone before it may run with others again.
+"""Place 7 of a request, after workers were lost: every sequence of the lost step must run alone before it may run with others again.
 
 Usually one request is what ends the workers. Running alone it can end them only once more, and only at its own cost.
 """

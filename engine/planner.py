@@ -1,4 +1,4 @@
-"""Step 7 of a request: decides which tokens the next step computes."""
+"""Place 7 of a request: decides which tokens the next step computes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

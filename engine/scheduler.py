@@ -1,4 +1,4 @@
-"""Steps 7 and 12 of a request: decides which tokens the next step computes, and records what it yielded."""
+"""Places 7 and 12 of a request: decides which tokens the next step computes, and records what it yielded."""
 
 from array import array
 

@@ -1,4 +1,4 @@
-"""Step 8 of a request: a step that a rank has begun. The rank can begin the next step before it reads the result of this one."""
+"""Place 8 of a request: a step that a rank has begun. The rank can begin the next step before it reads the result of this one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

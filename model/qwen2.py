@@ -1,4 +1,4 @@
-"""The Qwen2 decoder (arXiv 2407.10671): one rank's part of it. Step 10 of a request. Read this file from the bottom up.
+"""The Qwen2 decoder (arXiv 2407.10671): one rank's part of it. Place 10 of a request. Read this file from the bottom up.
 
 T tokens in the batch, R rows whose logits are needed, D model width, H query heads, G KV heads, K head width, V vocabulary. The letters
 name logical dims: where a layer is split, this rank computes only its own heads or features.

@@ -1,4 +1,4 @@
-"""Step 2 of a request: who is calling. API keys, compared as digests, from a file that may change while the server runs."""
+"""Place 2 of a request: who is calling. API keys, compared as digests, from a file that may change while the server runs."""
 
 import hashlib
 import hmac

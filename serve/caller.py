@@ -1,4 +1,4 @@
-"""Step 2 of a request: the caller and what it may do."""
+"""Place 2 of a request: the caller and what it may do."""
 
 import hashlib
 from dataclasses import dataclass

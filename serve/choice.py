@@ -1,4 +1,4 @@
-"""Step 13 of a request: the tokens of one choice become text, up to a stop string or the end."""
+"""Place 13 of a request: the tokens of one choice become text, up to a stop string or the end."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Step 2 of a request: counts the requests being answered, and refuses new ones while the server drains.
+"""Place 2 of a request: counts the requests being answered, and refuses new ones while the server drains.
 
 A draining server reports that it is not ready, so load balancers send elsewhere; requests already accepted run to their end.
 """

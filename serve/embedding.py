@@ -1,4 +1,4 @@
-"""Steps 3 and 13 of a request for embeddings: inputs become token ids, and hidden states become vectors."""
+"""Places 3 and 13 of a request for embeddings: inputs become token ids, and hidden states become vectors."""
 
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable

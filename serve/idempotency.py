@@ -1,4 +1,4 @@
-"""Step 2 of a request: a request that is sent again under its idempotency key is not computed again.
+"""Place 2 of a request: a request that is sent again under its idempotency key is not computed again.
 
 A client whose connection broke cannot know whether its request arrived. It sends it again under the same key, to the same front or
 another one. If the front is still computing the request, the second call reads the same events from the first one on. If it has

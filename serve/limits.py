@@ -1,4 +1,4 @@
-"""Step 2 of a request: the limits of what a client may ask for. All of them are here."""
+"""Place 2 of a request: the limits of what a client may ask for. All of them are here."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Step 13 of a request: one choice computes the log-probabilities of a prompt, and all choices of that prompt report them."""
+"""Place 13 of a request: one choice computes the log-probabilities of a prompt, and all choices of that prompt report them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence

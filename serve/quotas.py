@@ -1,4 +1,4 @@
-"""Step 2 of a request: quotas of a key. Requests per minute, tokens per minute, and concurrent requests.
+"""Place 2 of a request: quotas of a key. Requests per minute, tokens per minute, and concurrent requests.
 
 A bucket holds one minute's worth and fills continuously. Tokens are subtracted as they are computed, so a bucket can become negative;
 the key then waits until it has filled again. So no request is refused for what it might have cost.

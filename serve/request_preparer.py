@@ -1,4 +1,4 @@
-"""Step 3 of a request: validates it, turns its prompts into tokens and its options into sampling parameters."""
+"""Place 3 of a request: validates it, turns its prompts into tokens and its options into sampling parameters."""
 
 import dataclasses
 import secrets

@@ -1,4 +1,4 @@
-"""Steps 3 and 13 of a request: a client's request becomes one engine request per choice, and token events become text.
+"""Places 3 and 13 of a request: a client's request becomes one engine request per choice, and token events become text.
 
 This is the core that both fronts share: HTTP and gRPC only translate to and from it. A request passes through
 

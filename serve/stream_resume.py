@@ -1,4 +1,4 @@
-"""Step 3 of a request whose stream broke: bring each choice to where its client is, so that only the rest is computed and sent.
+"""Place 3 of a request whose stream broke: bring each choice to where its client is, so that only the rest is computed and sent.
 
 The client has what a lost front knew: the tokens that it was sent. They go to the engine as committed, as they do when the router
 loses a replica. They also go through the `Choice`, which then stands where the lost one stood: in the middle of a character, of a stop

@@ -1,4 +1,4 @@
-"""Step 3 of a request, its end: the request to the engine, and how its events are awaited."""
+"""Place 3 of a request, its end: the request to the engine, and how its events are awaited."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable

@@ -1,4 +1,4 @@
-"""Step 1 of a request: the trace that it belongs to, by the W3C's Trace Context in HTTP headers or gRPC metadata.
+"""Place 1 of a request: the trace that it belongs to, by the W3C's Trace Context in HTTP headers or gRPC metadata.
 
 Nothing is validated here: `serve.tracing`, which makes the spans, ignores an invalid context.
 """

@@ -1,4 +1,4 @@
-"""Step 3 of a request: validates it, for both fronts, and fills in the defaults of its options.
+"""Place 3 of a request: validates it, for both fronts, and fills in the defaults of its options.
 
 Error messages say what is valid, and never repeat what the client sent.
 """

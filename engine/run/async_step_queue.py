@@ -1,4 +1,4 @@
-"""Launches steps behind each other without reading their results in between. Step 9 of a request.
+"""Launches steps behind each other without reading their results in between. Place 9 of a request.
 
 A step's input tokens are taken from the output of the step before, on the device. The host reads a step's output while the next step is
 running. S sequences, V vocabulary.

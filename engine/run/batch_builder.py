@@ -1,4 +1,4 @@
-"""Builds the tensors of one forward pass from the works of a step. Step 9 of a request."""
+"""Builds the tensors of one forward pass from the works of a step. Place 9 of a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""CUDA graphs of the model for steps that compute one token of each sequence, each for a fixed number of rows. Step 10 of a request.
+"""CUDA graphs of the model for steps that compute one token of each sequence, each for a fixed number of rows. Place 10 of a request.
 
 S sequences of a step, B rows of the largest captured step, M the most blocks of a sequence, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""A shard's works as columns of numbers, in a step that computes and samples one token per sequence. Step 9 of a request."""
+"""A shard's works as columns of numbers, in a step that computes and samples one token per sequence. Place 9 of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Runs a draft model: it reads what the step computed and proposes the next draft. Step 11 of a request.
+"""Runs a draft model: it reads what the step computed and proposes the next draft. Place 11 of a request.
 
 The draft model is whole on the rank that samples. Its KV cache uses the same block numbers as the model's, so prefix caching, preemption
 and shared blocks apply to both. Its proposals are verified (`engine.run.verification`), so it cannot make an answer wrong.

@@ -1,4 +1,4 @@
-"""Executes any step without CUDA graphs of the whole step. Step 9 of a request: the plan becomes a forward batch, and that logits."""
+"""Executes any step without CUDA graphs of the whole step. Place 9 of a request: the plan becomes a forward batch, and that logits."""
 
 from collections.abc import Sequence
 

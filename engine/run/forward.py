@@ -1,4 +1,4 @@
-"""Hidden states of a step that is not replayed as a whole. Step 10 of a request.
+"""Hidden states of a step that is not replayed as a whole. Place 10 of a request.
 
 T tokens in the batch, R rows with logits, D model width.
 """

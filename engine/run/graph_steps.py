@@ -1,4 +1,4 @@
-"""Executes decode-only steps by replaying CUDA graphs. Step 9 of a request. A step that needs nothing from the host is launched ahead."""
+"""Executes decode-only steps by replaying CUDA graphs. Place 9 of a request. A step that needs nothing from the host is launched ahead."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Input tokens of steps that were planned before the previous step was answered. Step 9 of a request.
+"""Input tokens of steps that were planned before the previous step was answered. Place 9 of a request.
 
 The sampling rank fills in what it sampled itself, and broadcasts it to the ranks that compute with it.
 """

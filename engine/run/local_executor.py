@@ -1,4 +1,4 @@
-"""An executor whose only rank is in this process. Step 8 of a request without other processes."""
+"""An executor whose only rank is in this process. Place 8 of a request without other processes."""
 
 import traceback
 from collections.abc import Callable

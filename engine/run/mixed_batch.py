@@ -1,6 +1,6 @@
 """A step with prefill and decode in one batch.
 
-Step 9 of a request. Its sampling rows are columns, so that the sampler can be replayed although the model is launched.
+Place 9 of a request. Its sampling rows are columns, so that the sampler can be replayed although the model is launched.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Executes steps that mix prefill and decode: the model is launched, only the sampler is replayed, and the step runs ahead.
 
-Step 9 of a request.
+Place 9 of a request.
 
 Enabled by `RunnerConfig.prompts_ahead`, which is off because it has not been measured on a device yet. Without this module, and the line
 in `engine.run.runner.Runner.capture` that uses it, such steps are eager steps.

@@ -1,6 +1,6 @@
 """What a rank knows about the open sequences of its shard.
 
-Step 9 of a request. On a rank that does not sample this is only their block tables.
+Place 9 of a request. On a rank that does not sample this is only their block tables.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Turns hidden states into embeddings. Step 11 of a request for one. Everything about embeddings is named `pool`.
+"""Turns hidden states into embeddings. Place 11 of a request for one. Everything about embeddings is named `pool`.
 
 T tokens in the batch, R of one work, D model width.
 """

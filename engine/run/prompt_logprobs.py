@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a prompt. Step 11 of a request that asks for them.
+"""Log-probabilities of the tokens of a prompt. Place 11 of a request that asks for them.
 
 The logits of a long prompt would fill gigabytes, so they are computed for some rows at a time and only the results are kept. Every rank of
 the last stage takes part, because each has a share of the vocabulary; one of them keeps the results.

@@ -1,4 +1,4 @@
-"""Turns the logits of a step into its StepResult. Step 11 of a request. R rows with logits, S sequences, V vocabulary."""
+"""Turns the logits of a step into its StepResult. Place 11 of a request. R rows with logits, S sequences, V vocabulary."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Executes steps on one rank: a StepPlan becomes tensors, and on a sampling rank logits become tokens. Step 9 of a request.
+"""Executes steps on one rank: a StepPlan becomes tensors, and on a sampling rank logits become tokens. Place 9 of a request.
 
 There are three ways to compute a step: replay CUDA graphs (`engine.run.graph_steps`), launch the model and replay only the sampler
 (`engine.run.mixed_steps`), or launch everything (`engine.run.eager_steps`).

@@ -1,4 +1,4 @@
-"""Step 2 of a request over gRPC: the caller, by the key in the call's metadata."""
+"""Place 2 of a request over gRPC: the caller, by the key in the call's metadata."""
 
 from serve.auth import Authenticator
 from serve.caller import Caller, Scope

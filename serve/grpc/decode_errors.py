@@ -1,4 +1,4 @@
-"""Step 1 of a request over gRPC: bytes that are not a protobuf message become an error like every other.
+"""Place 1 of a request over gRPC: bytes that are not a protobuf message become an error like every other.
 
 gRPC decodes a message before it calls the handler. If that fails, it answers UNKNOWN with the text of protobuf's exception. So
 undecodable bytes become an object that raises our error when the handler reads a field, where errors are handled anyway.

@@ -1,4 +1,4 @@
-"""Step 1 of a request over gRPC: protobuf messages become the requests of `serve.request`. The service validates their values."""
+"""Place 1 of a request over gRPC: protobuf messages become the requests of `serve.request`. The service validates their values."""
 
 from collections.abc import Iterable
 

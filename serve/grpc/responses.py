@@ -1,4 +1,4 @@
-"""Step 14 of a request over gRPC: the service's results and events become protobuf messages."""
+"""Place 14 of a request over gRPC: the service's results and events become protobuf messages."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator

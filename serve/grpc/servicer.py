@@ -1,4 +1,4 @@
-"""Steps 1, 2 and 14 of a request over gRPC: receives the call, calls the service, sends the response.
+"""Places 1, 2 and 14 of a request over gRPC: receives the call, calls the service, sends the response.
 
 The methods run under a plain `grpc.aio` server, and behind Ray Serve's proxy, where the front's deployment delegates to them. A
 client's cancellation or deadline arrives as `asyncio.CancelledError`; it passes through `aclosing`, which cancels the request in the

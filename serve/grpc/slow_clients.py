@@ -1,4 +1,4 @@
-"""Step 14 of a request over gRPC, in the proxy: ends the stream of a client that does not read it."""
+"""Place 14 of a request over gRPC, in the proxy: ends the stream of a client that does not read it."""
 
 import asyncio
 import contextlib

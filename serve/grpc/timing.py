@@ -1,4 +1,4 @@
-"""Step 14 of a request over gRPC: the trailers that say where its time went and how long it was held."""
+"""Place 14 of a request over gRPC: the trailers that say where its time went and how long it was held."""
 
 from serve.grpc.errors import CallContext
 from serve.hold_header import hold_headers

@@ -1,4 +1,4 @@
-"""Step 2 of a request over HTTP: every path but the two probes needs a key, and every response says what is left of its quotas."""
+"""Place 2 of a request over HTTP: every path but the two probes needs a key, and every response says what is left of its quotas."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,4 +1,4 @@
-"""Step 1 of a request over HTTP: reads a JSON body, strictly and within limits."""
+"""Place 1 of a request over HTTP: reads a JSON body, strictly and within limits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a request for embeddings over HTTP: POST /v1/embeddings."""
+"""Places 1 and 14 of a request for embeddings over HTTP: POST /v1/embeddings."""
 
 import base64
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""Step 1 of a request over HTTP: normalises OpenAI's and vLLM's fields for the format of an answer, and OpenAI's for tools."""
+"""Place 1 of a request over HTTP: normalises OpenAI's and vLLM's fields for the format of an answer, and OpenAI's for tools."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

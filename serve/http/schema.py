@@ -1,4 +1,4 @@
-"""Step 1 of a request over HTTP: OpenAI's fields, strictly typed. Whether the values make sense is decided by `serve.validation`.
+"""Place 1 of a request over HTTP: OpenAI's fields, strictly typed. Whether the values make sense is decided by `serve.validation`.
 
 A field that this server does not know is ignored and named in a response header; so is one that only hints at how to answer. A field
 that it knows and does not support is refused, unless its value asks for nothing.

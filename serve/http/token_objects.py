@@ -1,4 +1,4 @@
-"""Step 14 of a request over HTTP: tokens with their log-probabilities, in OpenAI's form."""
+"""Place 14 of a request over HTTP: tokens with their log-probabilities, in OpenAI's form."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Step 3 of a request: from the response format that a client wants to the source of a grammar."""
+"""Place 3 of a request: from the response format that a client wants to the source of a grammar."""
 
 import json
 from dataclasses import dataclass

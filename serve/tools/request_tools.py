@@ -1,4 +1,4 @@
-"""Steps 3 and 13 of a request with tools: its prompt and grammar by the model's tool protocol, and the calls in its answers."""
+"""Places 3 and 13 of a request with tools: its prompt and grammar by the model's tool protocol, and the calls in its answers."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""Symmetric memory of ranks on a CPU: a `parallel.symmetric_memory.Maker` whose sums go over the process group, in rank order and rounded
-at every addition as the kernels do it. It may be told what goes wrong."""
+"""Symmetric memory of ranks on a CPU: a `SymmetricMemoryProvider` whose sums go over the process group, in rank order and rounded at every
+addition, as the kernels do it. Tests can make it fail."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""Samples tokens from logits, each row with its own parameters. Step 11 of a request."""
+"""Samples tokens from logits, each row with its own parameters. Place 11 of a request."""

@@ -1,4 +1,4 @@
-"""Chooses the next token of every row of logits. Step 11 of a request.
+"""Chooses the next token of every row of logits. Place 11 of a request.
 
 R rows, V ids that can be sampled. The token of a row depends only on its own logits, parameters, seed, choice and position, never on the
 other rows of the batch.

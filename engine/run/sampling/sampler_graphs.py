@@ -1,4 +1,4 @@
-"""CUDA graphs of the sampler: the next token of each row of a captured step. Step 11 of a request.
+"""CUDA graphs of the sampler: the next token of each row of a captured step. Place 11 of a request.
 
 The eager sampler's launches depend on the rows of a step. Here they are one of three fixed sequences, with or without edits of the
 logits, and each row's filters and edits are read on the device. The results equal the eager sampler's: filters and draws use integer

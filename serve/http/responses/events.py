@@ -1,4 +1,4 @@
-"""Step 14 of a request to /v1/responses: the stream of ``response.*`` events, and the response object in the last of them."""
+"""Place 14 of a request to /v1/responses: the stream of ``response.*`` events, and the response object in the last of them."""
 
 import itertools
 import time

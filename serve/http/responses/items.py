@@ -1,4 +1,4 @@
-"""Step 1 of a request to /v1/responses: the items of its input become the messages of a chat."""
+"""Place 1 of a request to /v1/responses: the items of its input become the messages of a chat."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

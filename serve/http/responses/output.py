@@ -1,4 +1,4 @@
-"""Step 14 of a request to /v1/responses: the output items while they are written, and their events."""
+"""Place 14 of a request to /v1/responses: the output items while they are written, and their events."""
 
 import codecs
 from collections import deque

@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a request over HTTP: POST /v1/responses."""
+"""Places 1 and 14 of a request over HTTP: POST /v1/responses."""
 
 from fastapi import APIRouter
 from starlette.requests import Request

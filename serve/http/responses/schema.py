@@ -1,4 +1,4 @@
-"""Step 1 of a request to /v1/responses: the fields of its body."""
+"""Place 1 of a request to /v1/responses: the fields of its body."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
