@@ -35,9 +35,9 @@ SINGLE = {
     "gate": "gate",
     "rotate": "rotation",
     "layers": "all layers at once",
-    "attention_half": "norm and attention at once",
-    "mlp_half": "norm and MLP at once",
-    "moe_half": "norm and experts at once",
+    "attention_sublayer": "norm and attention at once",
+    "mlp_sublayer": "norm and MLP at once",
+    "moe_sublayer": "norm and experts at once",
     "weighted_experts": "experts at once",
 }
 
@@ -103,7 +103,7 @@ def watched(clock: Clock) -> Iterator[None]:
 def decode_steps(engine: Engine, clock: Clock, *, streams: int, tokens_in: int, tokens_out: int) -> Steps:
     """The steps in which every stream decodes one token."""
     for stream in range(streams):
-        prompt = tuple((37 * stream + 11 * place) % 1000 for place in range(tokens_in))
+        prompt = tuple((37 * stream + 11 * position) % 1000 for position in range(tokens_in))
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens_out)
         engine.submit(Request(id=f"{time.time_ns()}-{stream}", prompt=prompt, sampling=sampling))
     steps: Steps = []
@@ -127,7 +127,7 @@ def table(steps: Steps) -> list[tuple[str, float]]:
     rows = [{name: step.get(name, 0.0) for name in kernels | {"sampling"}} for step in steps]
     for row, step in zip(rows, steps, strict=True):
         row["model between its kernels"] = step["(model)"] - sum(row[name] for name in kernels)
-        row["rank beside model and sampling"] = step["(rank)"] - step["(model)"] - row["sampling"]
+        row["rank without model and sampling"] = step["(rank)"] - step["(model)"] - row["sampling"]
         row["engine"] = step["step"] - step["(rank)"]
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     return sorted(medians.items(), key=lambda item: -item[1])
@@ -140,13 +140,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, action="append", help="may be repeated; 1, 8 and 32 without it")
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=24)
-    parser.add_argument("--half-after-half", action="store_true", help="call each half of a layer by itself")
+    parser.add_argument("--sublayer-by-sublayer", action="store_true", help="call each sublayer by itself, not all layers at once")
     parser.add_argument("--kernel-after-kernel", action="store_true", help="call each kernel by itself, so that all of them are seen")
     options = parser.parse_args()
     runner_config = RunnerConfig(quantize=options.quantize, kv_cache_bytes=300_000_000)
     clock = Clock()
     with watched(clock):  # from the start: layers keep what they call
-        if options.half_after_half:
+        if options.sublayer_by_sublayer:
             native_layers.FEW_TOKENS = 0
         if options.kernel_after_kernel:
             Qwen2.native_layers = lambda *_: None

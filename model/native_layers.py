@@ -1,4 +1,4 @@
-"""Decoder layers as fused CPU kernels: half a layer per call, or all layers if the batch is small.
+"""Decoder layers as fused CPU kernels: one sublayer per call, or all layers in one call if the batch is small.
 
 The results equal those of `model.qwen2.DecoderLayer` bit by bit, without Python between kernels. T tokens, D model width, R tokens that
 need more than keys and values.

@@ -45,9 +45,9 @@ def highest(library: Native, x_RN: Tensor) -> tuple[Tensor, Tensor]:
     at least 1."""
     assert x_RN.stride(1) == 1
     assert x_RN.shape[1]
-    values_R, places_R = x_RN.new_empty(len(x_RN)), torch.empty(len(x_RN), dtype=torch.int64)
-    library.highest(x_RN.data_ptr(), x_RN.stride(0), values_R.data_ptr(), places_R.data_ptr(), *x_RN.shape, num_threads())
-    return values_R, places_R
+    values_R, indices_R = x_RN.new_empty(len(x_RN)), torch.empty(len(x_RN), dtype=torch.int64)
+    library.highest(x_RN.data_ptr(), x_RN.stride(0), values_R.data_ptr(), indices_R.data_ptr(), *x_RN.shape, num_threads())
+    return values_R, indices_R
 
 
 def candidates(library: Native, x_RN: Tensor, count: int, stretch: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def candidates(library: Native, x_RN: Tensor, count: int, stretch: int) -> tuple
     but the indices are valid."""
     assert x_RN.stride(1) == 1
     assert 0 < count <= x_RN.shape[1]
-    values_RC, places_RC = x_RN.new_empty(len(x_RN), count), torch.empty(len(x_RN), count, dtype=torch.int64)
+    values_RC, indices_RC = x_RN.new_empty(len(x_RN), count), torch.empty(len(x_RN), count, dtype=torch.int64)
     sizes = (*x_RN.shape, count, stretch, num_threads())
-    library.candidates(x_RN.data_ptr(), x_RN.stride(0), values_RC.data_ptr(), places_RC.data_ptr(), *sizes)
-    return values_RC, places_RC
+    library.candidates(x_RN.data_ptr(), x_RN.stride(0), values_RC.data_ptr(), indices_RC.data_ptr(), *sizes)
+    return values_RC, indices_RC

@@ -19,10 +19,10 @@ from parallel.topology import TopologyAxis
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("attention", ctypes.c_void_p), ("second", ctypes.c_void_p), ("is_sparse", ctypes.c_long))
+    _fields_ = (("attention", ctypes.c_void_p), ("mlp_sublayer", ctypes.c_void_p), ("is_sparse", ctypes.c_long))
 
 
-class _Sums(ctypes.Structure):
+class _AllReduce(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("all_reduce", "exchange", "page")),
         *((name, ctypes.c_int64) for name in ("kind", "axis")),
@@ -41,13 +41,13 @@ class NativeDecoder:
         axis: TopologyAxis = "tp",
     ) -> None:
         """``exchange``: the collectives of the group along ``axis``; None for a single rank."""
-        assert exchange is None or all(isinstance(second, MlpSublayer) for _, second in layers)
+        assert exchange is None or all(isinstance(mlp, MlpSublayer) for _, mlp in layers)
         self._call, self._held, self._exchange = library.layers, layers, exchange
-        self.num_weights = sum(half.num_weights for halves in layers for half in halves)
+        self.num_weights = sum(sublayer.num_weights for layer in layers for sublayer in layer)
         """Weights that each token is multiplied by."""
-        rows = ((attention.address, second.address, isinstance(second, MoeSublayer)) for attention, second in layers)
+        rows = ((attention.address, mlp.address, isinstance(mlp, MoeSublayer)) for attention, mlp in layers)
         self._layers = (_Layer * len(layers))(*(_Layer(*row) for row in rows))
-        self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis_numbers("all_reduce", axis))
+        self._all_reduce = _AllReduce(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis_numbers("all_reduce", axis))
 
     def __call__(self, batch: StepBatch, x_TD: Tensor) -> Tensor:
         """Run ``x_TD`` (contiguous, overwritten) through all layers. Returns the last sublayer's output, still to be added to it.
@@ -57,10 +57,10 @@ class NativeDecoder:
             CollectiveFailed: as any all-reduce.
         """
         if self._exchange is not None:
-            self._sums.exchange, self._sums.page = self._exchange.begin(), page_address()
+            self._all_reduce.exchange, self._all_reduce.page = self._exchange.begin(), page_address()
         delta_TD = torch.empty_like(x_TD)
         outcome = self._call(
-            *(self._layers, len(self._layers), ctypes.addressof(self._sums), batch.address),
+            *(self._layers, len(self._layers), ctypes.addressof(self._all_reduce), batch.address),
             *(x_TD.data_ptr(), delta_TD.data_ptr(), x_TD.shape[1], num_threads()),
         )
         if outcome < 0:

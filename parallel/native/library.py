@@ -56,7 +56,7 @@ class Native:
         self.rows = {kind: self._function(f"rows_{kind}", rows, size) for kind in self.kinds}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
-        self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
+        self.hadamard = self._function("hadamard", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
         screens = {"bf16_dot", "int8_dot"} <= set(self.kinds)
         self.screen_of = self._function("screen_of", [*[address] * 4, *[size] * 3, threads]) if screens else None
         self.screened = self._function("screened", [*[address] * 9, *[size] * 9, threads], size) if screens else None
@@ -66,15 +66,15 @@ class Native:
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
         self.highest = self._function("highest", [address, size, address, address, size, size, threads])
         self.candidates = self._function("candidates", [address, size, address, address, *[size] * 4, threads])
-        held = {torch.float32: "", **({torch.bfloat16: "_bf16"} if "bf16_dot" in self.kinds else {})}
+        suffixes = {torch.float32: "", **({torch.bfloat16: "_bf16"} if "bf16_dot" in self.kinds else {})}
         write_kv = [address, address, size, size, *[address] * 3, size, size, threads]
-        self.write_kv = {dtype: self._function(f"write_kv{suffix}", write_kv) for dtype, suffix in held.items()}
+        self.write_kv = {dtype: self._function(f"write_kv{suffix}", write_kv) for dtype, suffix in suffixes.items()}
         prefill, decode = [*[address] * 8, *[size] * 6, threads], [*[address] * 7, *[size] * 6, threads]
-        self.prefill = {dtype: self._function(f"prefill{suffix}", prefill) for dtype, suffix in held.items()}
-        self.decode = {dtype: self._function(f"decode{suffix}", decode) for dtype, suffix in held.items()}
-        self.attention_half = self._function("attention_half", [address] * 5 + [threads])
-        self.mlp_half = self._function("mlp_half", [*[address] * 4, size, threads])
-        self.moe_half = self._function("moe_half", [*[address] * 4, size, threads], size)
+        self.prefill = {dtype: self._function(f"prefill{suffix}", prefill) for dtype, suffix in suffixes.items()}
+        self.decode = {dtype: self._function(f"decode{suffix}", decode) for dtype, suffix in suffixes.items()}
+        self.attention_sublayer = self._function("attention_sublayer", [address] * 5 + [threads])
+        self.mlp_sublayer = self._function("mlp_sublayer", [*[address] * 4, size, threads])
+        self.moe_sublayer = self._function("moe_sublayer", [*[address] * 4, size, threads], size)
         self.layers = self._function("layers", [address, size, *[address] * 4, size, threads], size)
         self.weighted_experts = self._function("weighted_experts", [*[address] * 5, size, size, threads], size)
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -151,15 +151,15 @@ def _capabilities() -> set[str]:
 
 def built_path(variant: str) -> Path:
     """Path of this variant's library: next to the sources if it was built in advance, else in the user's cache (perhaps not built yet)."""
-    brought = _place(variant, brought=True)
-    return brought if brought.exists() else _place(variant, brought=False)
+    prebuilt = _library_path(variant, prebuilt=True)
+    return prebuilt if prebuilt.exists() else _library_path(variant, prebuilt=False)
 
 
-def _place(variant: str, *, brought: bool) -> Path:
+def _library_path(variant: str, *, prebuilt: bool) -> Path:
     parts = [part.encode() for part in (platform.machine(), *FLAGS, *VARIANTS[variant])]
     parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     version, file = version_of(parts), f"manta_{variant}.so"
-    return PREBUILT / version / file if brought else cache_path("native", version, file)
+    return PREBUILT / version / file if prebuilt else cache_path("native", version, file)
 
 
 def build(variant: str | None = None) -> Path:
@@ -182,7 +182,7 @@ def build_all() -> list[Path]:
     Raises:
         Unavailable: what is missing on this machine, or the compiler's output.
     """
-    return [_compiled(variant, _place(variant, brought=True)) for variant in VARIANTS]
+    return [_compiled(variant, _library_path(variant, prebuilt=True)) for variant in VARIANTS]
 
 
 def _compiled(variant: str, target: Path | None = None) -> Path:

@@ -26,7 +26,7 @@ _SHIFTS = [4 * (k // 2) + 16 * (k % 2) for k in range(8)]
 _DOT_SHIFTS = [8 * (k % 4) + 4 * (k // 4) for k in range(8)]
 SHIFTS: dict[Kind, list[int]] = {"int4": _SHIFTS, "int4_dot": _DOT_SHIFTS, "int4_zeros": _SHIFTS, "int4_zeros_dot": _DOT_SHIFTS}
 """Bit offsets of eight neighbouring input features within a 32-bit word."""
-_HELD: dict[Kind, tuple[torch.dtype, int]] = {
+_STORAGE: dict[Kind, tuple[torch.dtype, int]] = {
     "bf16": (torch.bfloat16, 1), "bf16_dot": (torch.bfloat16, 2), "fp32": (torch.float32, 1), "int8": (torch.int8, 2),
     "int8_dot": (torch.uint8, 4), **dict.fromkeys(SHIFTS, (torch.int32, 8)),
 }  # fmt: skip
@@ -61,7 +61,7 @@ class Packed:
     @property
     def padded(self) -> int:
         """Input features, padded to whole groups."""
-        return self.numbers.shape[1] * _HELD[self.kind][1]
+        return self.numbers.shape[1] * _STORAGE[self.kind][1]
 
     @property
     def group(self) -> int:
@@ -78,7 +78,7 @@ def pack(kind: Kind, weight_NK: Tensor, lanes: int, allocate: Allocate = _ARENA.
 
 def empty_packed(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, allocate: Allocate = _ARENA.allocate) -> Packed:
     """An uninitialised packed matrix, to be filled by `pack_part`."""
-    panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _HELD[kind]
+    panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _STORAGE[kind]
     num_panels = -(-num_outputs // panel)
     scales = None
     if bits is not None:
@@ -154,23 +154,23 @@ def unpack(packed: Packed) -> Tensor:
 def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
     """Rows (T, padded K) of the matrix in float32."""
     panel = 2 * packed.lanes
-    panels_T, places_T = outputs_T // panel, outputs_T % panel
+    panels_T, columns_T = outputs_T // panel, outputs_T % panel
     if packed.kind == "fp32":
-        rows_TK: Tensor = packed.numbers[panels_T, :, places_T]
+        rows_TK: Tensor = packed.numbers[panels_T, :, columns_T]
         return rows_TK
     if packed.kind == "bf16":
-        numbers_TK: Tensor = packed.numbers[panels_T, :, _interleaved(places_T, packed.lanes)].float()
+        numbers_TK: Tensor = packed.numbers[panels_T, :, _interleaved(columns_T, packed.lanes)].float()
         return numbers_TK.contiguous()
     if packed.kind == "bf16_dot":
-        pairs_TX: Tensor = packed.numbers[panels_T, :, places_T].flatten(1).float()
+        pairs_TX: Tensor = packed.numbers[panels_T, :, columns_T].flatten(1).float()
         return pairs_TX
     assert packed.scales is not None
-    numbers_TX = packed.numbers[panels_T, :, places_T]
+    numbers_TX = packed.numbers[panels_T, :, columns_T]
     if packed.kind == "int8_dot":
         numbers_TX = numbers_TX.int() - 128
     if packed.kind in SHIFTS:
         numbers_TX = numbers_TX.unsqueeze(-1) >> torch.tensor(SHIFTS[packed.kind], dtype=torch.int32) & 15
-    numbers_TGC, scales_TG = numbers_TX.flatten(1).unflatten(1, (-1, packed.group)), packed.scales[panels_T, :, places_T]
+    numbers_TGC, scales_TG = numbers_TX.flatten(1).unflatten(1, (-1, packed.group)), packed.scales[panels_T, :, columns_T]
     if packed.kind in ZEROS:
         scales_TG, zeros_TG = zero_points.unpack_words(scales_TG)
         numbers_TGC = numbers_TGC - zeros_TG.unsqueeze(-1)
@@ -218,10 +218,10 @@ def rounded_rows(kind: Kind, x_TK: Tensor) -> Tensor:
 def hadamard_groups(x_xC: Tensor, *, inverse: bool = False) -> Tensor:
     """`parallel.quantisation.hadamard` or `hadamard_inverse`, by a kernel where available."""
     library = native()
-    if library is None or library.turn is None:
+    if library is None or library.hadamard is None:
         return hadamard_inverse(x_xC) if inverse else hadamard(x_xC)
     x_xC = x_xC.clone(memory_format=torch.contiguous_format)
-    library.turn(x_xC.data_ptr(), x_xC.numel() // GROUP_SIZE["int8"], inverse, num_threads())
+    library.hadamard(x_xC.data_ptr(), x_xC.numel() // GROUP_SIZE["int8"], inverse, num_threads())
     return x_xC
 
 
@@ -251,7 +251,7 @@ def _bits(kind: Kind) -> Literal["int8", "int4", "int4_zeros"] | None:
 
 def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> Packed:
     """A view of whole panels and some input features; the last group need not be full."""
-    together, stop = _HELD[packed.kind][1], first_input + num_inputs
+    together, stop = _STORAGE[packed.kind][1], first_input + num_inputs
     numbers = packed.numbers[panels, first_input // together : -(-stop // together)]
     num_outputs = len(numbers) * 2 * packed.lanes
     if packed.scales is None:
@@ -266,31 +266,31 @@ def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> P
 def _put_edge(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
     """Pack a few outputs of one panel and leave its others unchanged."""
     panel = 2 * packed.lanes
-    where, place = divmod(first_output, panel)
-    places = torch.arange(place, place + len(weight_NK))
-    whole_NK = weight_NK[(torch.arange(panel) - place).clamp(0, len(weight_NK) - 1)]
+    index, column = divmod(first_output, panel)
+    columns = torch.arange(column, column + len(weight_NK))
+    whole_NK = weight_NK[(torch.arange(panel) - column).clamp(0, len(weight_NK) - 1)]
     alone = pack(packed.kind, whole_NK, packed.lanes, _empty)  # temporary: in the arena it would leave a hole
-    part = _part(packed, slice(where, where + 1), first_input, weight_NK.shape[1])
+    part = _part(packed, slice(index, index + 1), first_input, weight_NK.shape[1])
     if part.scales is not None and alone.scales is not None:
-        part.scales[0][:, places] = alone.scales[0][:, places]
+        part.scales[0][:, columns] = alone.scales[0][:, columns]
     if packed.kind == "bf16":
-        places = _interleaved(places, packed.lanes)
-    part.numbers[0][:, places] = alone.numbers[0][:, places]
+        columns = _interleaved(columns, packed.lanes)
+    part.numbers[0][:, columns] = alone.numbers[0][:, columns]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _interleaved(places: Tensor, lanes: int) -> Tensor:
+def _interleaved(columns: Tensor, lanes: int) -> Tensor:
     """Positions of a panel's outputs in ``bf16``."""
-    return (places % lanes) * 2 + places // lanes
+    return (columns % lanes) * 2 + columns // lanes
 
 
 def _pack_into(packed: Packed, weight_NK: Tensor) -> None:
     """Pack whole panels; input features are zero-padded."""
     kind, numbers, num_panels, lanes = packed.kind, packed.numbers, len(packed.numbers), packed.lanes
-    padded = packed.padded if packed.scales is not None else -(-weight_NK.shape[1] // _HELD[kind][1]) * _HELD[kind][1]
+    padded = packed.padded if packed.scales is not None else -(-weight_NK.shape[1] // _STORAGE[kind][1]) * _STORAGE[kind][1]
     weight_NK = torch.nn.functional.pad(weight_NK, (0, padded - weight_NK.shape[1])) if padded > weight_NK.shape[1] else weight_NK
     panels = weight_NK.contiguous().unflatten(0, (num_panels, 2 * lanes))
     if kind == "fp32":
@@ -313,7 +313,7 @@ def _round_into(packed: Packed, panels: Tensor) -> None:
         numbers, scales = zero_points.quantise_groups(grouped)
     else:
         numbers, scales = quantise_groups(hadamard_groups(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
-    numbers = numbers.flatten(2).unflatten(2, (-1, _HELD[packed.kind][1])).transpose(1, 2)
+    numbers = numbers.flatten(2).unflatten(2, (-1, _STORAGE[packed.kind][1])).transpose(1, 2)
     if packed.kind == "int8_dot":
         numbers = numbers.to(torch.int16) + 128
     if packed.kind in SHIFTS:

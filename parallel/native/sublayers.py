@@ -115,7 +115,7 @@ class AttentionSublayer:
             *(num_heads, num_kv_heads, head_dim, block_tokens),
             *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), *map(address_of, functions)),
         )
-        self.address, self._call = ctypes.addressof(self._struct), library.attention_half
+        self.address, self._call = ctypes.addressof(self._struct), library.attention_sublayer
 
     def __call__(self, batch: StepBatch, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
         """``x_TD += delta_TD`` in place; returns attention of its norm, not yet summed over ranks. Both inputs are contiguous."""
@@ -164,7 +164,7 @@ class MlpSublayer(_MlpSublayerBase):
 
     def __init__(self, library: Native, *, norm: Tensor, eps: float, mlp: GatedMlp) -> None:
         struct = _MlpSublayer(_Norm(norm.data_ptr(), eps), _mlp(library, mlp))
-        super().__init__(struct, library.mlp_half, mlp.num_weights, (norm, mlp))
+        super().__init__(struct, library.mlp_sublayer, mlp.num_weights, (norm, mlp))
 
 
 class MoeSublayer(_MlpSublayerBase):
@@ -188,7 +188,7 @@ class MoeSublayer(_MlpSublayerBase):
         struct = _MoeSublayer(_Norm(norm.data_ptr(), eps), *matrices, _mlp(library, shared), experts.struct, experts_per_token, renormalise)
         of_experts = 3 * experts.struct.width * experts.struct.inner_width * experts_per_token
         num_weights = router.num_weights + shared_gate.num_weights + shared.num_weights + of_experts
-        super().__init__(struct, library.moe_half, num_weights, (norm, router, shared_gate, shared, experts))
+        super().__init__(struct, library.moe_sublayer, num_weights, (norm, router, shared_gate, shared, experts))
 
 
 def _mlp(library: Native, mlp: GatedMlp) -> _Mlp:

@@ -38,9 +38,9 @@ struct Tile {
     }
 
     void load_chunk(const Cache<float>& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros after the last position
-        cache.each_row(kv, blocks, start, count, [&](long p, long place) {
-            key_at[p] = cache.keys + place;
-            value_at[p] = cache.values + place;
+        cache.each_row(kv, blocks, start, count, [&](long p, long offset) {
+            key_at[p] = cache.keys + offset;
+            value_at[p] = cache.values + offset;
         });
         for (long p = count; p < CHUNK; ++p) key_at[p] = value_at[p] = nothing.data();
         for (long p = 0; p < CHUNK; p += LANES)
@@ -106,7 +106,7 @@ static void attend(const Cache<float>& cache, const Part& part) {
     static thread_local Tile tile;
     tile.begin(rows, K);
     for (long row = 0; row < rows; ++row) {
-        const float* from = part.q + part.place(row, K);
+        const float* from = part.q + part.offset(row, K);
         for (long k = 0; k < K; ++k) tile.q[row * K + k] = from[k] * scale;
     }
     for (long start = 0; start < end; start += CHUNK) {
@@ -118,7 +118,7 @@ static void attend(const Cache<float>& cache, const Part& part) {
         tile.weigh_values(cache, start, count, rows);
     }
     for (long row = 0; row < rows; ++row) {
-        float* to = part.out + part.place(row, K);
+        float* to = part.out + part.offset(row, K);
         for (long k = 0; k < K; ++k) to[k] = tile.out[row * tile.width + k] / tile.sums[row];
     }
 }

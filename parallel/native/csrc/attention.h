@@ -26,8 +26,8 @@ template <class Number> struct Cache {
     template <class Run> INLINE void each_row(long kv, const int32_t* blocks, long start, long count, Run run) const {
         long block = start / block_tokens, within = start % block_tokens;
         for (long p = 0; p < count; ++block, within = 0) {
-            long place = ((long(blocks[block]) * block_tokens + within) * G + kv) * K;
-            for (; within < block_tokens && p < count; ++within, ++p, place += G * K) run(p, place);
+            long offset = ((long(blocks[block]) * block_tokens + within) * G + kv) * K;
+            for (; within < block_tokens && p < count; ++within, ++p, offset += G * K) run(p, offset);
         }
     }
 };
@@ -41,7 +41,7 @@ struct Part {
     float* out;
 
     long rows() const { return tokens * heads.count; }
-    long place(long row, long K) const { return (row / heads.count * H + heads.first + row % heads.count) * K; }  // in q and out
+    long offset(long row, long K) const { return (row / heads.count * H + heads.first + row % heads.count) * K; }  // in q and out
     long visible(long row, long start) const { return first + row / heads.count + 1 - start; }  // how many positions from `start` on a row attends to
 };
 

@@ -42,7 +42,7 @@ struct Tile {
         out.assign(rows * width, 0); most.assign(rows, LOWEST); sums.assign(rows * LANES, 0); seen.resize(rows);
         const Floats scale = broadcast(1.44269504f / std::sqrt(float(K)));  // softmax in base 2
         for (long row = 0; row < rows; ++row) {
-            const float* from = part.q + part.place(row, K);
+            const float* from = part.q + part.offset(row, K);
             seen[row] = part.visible(row, 0);
             for (long k = 0; k < K; k += LANES)
                 _mm256_storeu_si256((__m256i*)&q[(row * K + k) / 2], (__m256i)_mm512_cvtneps_pbh(multiply(load(from + k), scale)));
@@ -53,9 +53,9 @@ struct Tile {
     void load_chunk(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long end) {
         const float *key_at[CHUNK], *value_at[CHUNK];  // of pairs
         const long count = std::min(CHUNK, end - start);
-        cache.each_row(kv, blocks, start, count, [&](long p, long place) {
-            key_at[p] = (const float*)(cache.keys + place);
-            value_at[p] = (const float*)(cache.values + place);
+        cache.each_row(kv, blocks, start, count, [&](long p, long offset) {
+            key_at[p] = (const float*)(cache.keys + offset);
+            value_at[p] = (const float*)(cache.values + offset);
         });
         for (long p = count; p < CHUNK; ++p) key_at[p] = value_at[p] = (const float*)nothing.data();
         for (long p = 0; p < CHUNK; p += LANES)
@@ -130,10 +130,10 @@ struct Tile {
 
 // Prefetches positions `first` to `last` of a part into the L2 cache.
 static void prefetch(const Cache<Bf16>& cache, const Part& part, long first, long last) {
-    cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long place) {
+    cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long offset) {
         for (long k = 0; k < cache.K; k += 64 / sizeof(Bf16)) {
-            prefetch_l2(cache.keys + place + k);
-            prefetch_l2(cache.values + place + k);
+            prefetch_l2(cache.keys + offset + k);
+            prefetch_l2(cache.values + offset + k);
             asm volatile("");  // else the compiler removes the loop as having no effect
         }
     });
@@ -163,7 +163,7 @@ static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next)
         }
     }
     for (long row = 0; row < rows; ++row) {
-        float* to = part.out + part.place(row, K);
+        float* to = part.out + part.offset(row, K);
         const float sum = reduce_add(load(&tile->sums[row * LANES]));
         for (long k = 0; k < K; k += LANES) store(to + k, divide(load(&tile->out[row * tile->width + k]), broadcast(sum)));
     }

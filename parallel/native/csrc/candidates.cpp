@@ -18,7 +18,7 @@ static inline float highest_number(const float* x, long count) {
 
 // The `count` highest of N values and their indices, in ascending order of index; ties at the threshold go to the lower indices. NaN is skipped;
 // if fewer than `count` values remain, the rest is filled with NaN at index 0.
-static void candidates(const float* x, long N, long count, long stretch, float* values, int64_t* places) {
+static void candidates(const float* x, long N, long count, long stretch, float* values, int64_t* indices) {
     const long stretches = (N + stretch - 1) / stretch;
     std::vector<float> most(stretches), sorted;
     for (long s = 0; s < stretches; ++s) most[s] = highest_number(x + s * stretch, std::min(stretch, N - s * stretch));
@@ -44,13 +44,13 @@ static void candidates(const float* x, long N, long count, long stretch, float* 
         for (int32_t i : found) ties -= x[i] > last;
         for (int32_t i : found) {
             if (x[i] < last || (x[i] == last && ties-- <= 0)) continue;
-            values[filled] = x[i], places[filled++] = i;
+            values[filled] = x[i], indices[filled++] = i;
         }
     }
-    for (; filled < count; ++filled) values[filled] = std::numeric_limits<float>::quiet_NaN(), places[filled] = 0;
+    for (; filled < count; ++filled) values[filled] = std::numeric_limits<float>::quiet_NaN(), indices[filled] = 0;
 }
 
 // x (R, N), rows `stride` apart; values and indices (R, count).
-extern "C" void manta_candidates(const float* x, long stride, float* values, int64_t* places, long R, long N, long count, long stretch, int threads) {
-    parallel_for(R, threads, [&](long r) { candidates(x + r * stride, N, count, stretch, values + r * count, places + r * count); });
+extern "C" void manta_candidates(const float* x, long stride, float* values, int64_t* indices, long R, long N, long count, long stretch, int threads) {
+    parallel_for(R, threads, [&](long r) { candidates(x + r * stride, N, count, stretch, values + r * count, indices + r * count); });
 }

@@ -9,16 +9,16 @@ template <class W> struct Weights {
         return {(const uint8_t*)weights, (const typename W::GroupScales::Stored*)scales, K, group};
     }
 };
-template <> struct Weights<Bf16> {
-    static Bf16 make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
+template <> struct Weights<Bf16Product> {
+    static Bf16Product make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
 };
 #if defined(__AVX512BF16__)
 template <> struct Weights<Bf16Dot> {
     static Bf16Dot make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
 };
 #endif
-template <> struct Weights<Fp32> {
-    static Fp32 make(const void* weights, const void*, long K, long) { return {(const float*)weights, K}; }
+template <> struct Weights<Fp32Product> {
+    static Fp32Product make(const void* weights, const void*, long K, long) { return {(const float*)weights, K}; }
 };
 template <> struct Weights<Int8> {
     static Int8 make(const void* weights, const void* scales, long K, long group) { return {(const int8_t*)weights, (const uint16_t*)scales, K, group}; }
@@ -28,7 +28,7 @@ template <> struct Weights<Int8> {
 template <class W> struct Rows : QuantisedRows<typename W::Number, W::OFFSET> {
     using QuantisedRows<typename W::Number, W::OFFSET>::QuantisedRows;
 };
-template <class Stored> struct Rows<Fp32Product<Stored>> : FloatRows {
+template <class Stored> struct Rows<FloatProduct<Stored>> : FloatRows {
     using FloatRows::FloatRows;
 };
 #if defined(__AVX512BF16__)
@@ -101,48 +101,48 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     run_gemms(downs, threads);
 }
 
-// Number k of output `place` of a panel as stored, of weights with K padded inputs.
-static inline float number_of(const Bf16& w, long panel, long place, long k) {
-    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k) * PANEL + place % LANES * 2 + place / LANES]) << 16;
+// Number k of output `index` of a panel as stored, of weights with K padded inputs.
+static inline float number_of(const Bf16Product& w, long panel, long index, long k) {
+    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k) * PANEL + index % LANES * 2 + index / LANES]) << 16;
     float number;
     memcpy(&number, &bits, 4);
     return number;
 }
 #if defined(__AVX512BF16__)
-static inline float number_of(const Bf16Dot& w, long panel, long place, long k) {
-    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k / 2 * 2) * PANEL + place * 2 + k % 2]) << 16;
+static inline float number_of(const Bf16Dot& w, long panel, long index, long k) {
+    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k / 2 * 2) * PANEL + index * 2 + k % 2]) << 16;
     float number;
     memcpy(&number, &bits, 4);
     return number;
 }
 #endif
-static inline float number_of(const Fp32& w, long panel, long place, long k) { return w.weights[(panel * w.K + k) * PANEL + place]; }
-static inline float number_of(const Int8& w, long panel, long place, long k) { return w.weights[(panel * w.K + k / 2 * 2) * PANEL + place * 2 + k % 2]; }
+static inline float number_of(const Fp32Product& w, long panel, long index, long k) { return w.weights[(panel * w.K + k) * PANEL + index]; }
+static inline float number_of(const Int8& w, long panel, long index, long k) { return w.weights[(panel * w.K + k / 2 * 2) * PANEL + index * 2 + k % 2]; }
 static inline int of_eight(const uint8_t* weights, long at, int bit) {
     uint32_t eight;
     memcpy(&eight, weights + at * 4, 4);
     return int(eight >> bit & 15);
 }
-template <class Scales> static inline float number_of(const Int4Of<Scales>& w, long panel, long place, long k) {
-    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 8 / 2 * 4 + k % 2 * 16);
+template <class Scales> static inline float number_of(const Int4Of<Scales>& w, long panel, long index, long k) {
+    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + index, k % 8 / 2 * 4 + k % 2 * 16);
 }
 #if defined(__AVX512VNNI__)
-static inline float number_of(const Int8Dot& w, long panel, long place, long k) {
-    return w.weights[(panel * w.K + k / 4 * 4) * PANEL + place * 4 + k % 4];
+static inline float number_of(const Int8Dot& w, long panel, long index, long k) {
+    return w.weights[(panel * w.K + k / 4 * 4) * PANEL + index * 4 + k % 4];
 }
-template <class Scales, long GROUP> static inline float number_of(const Int4DotOf<Scales, GROUP>& w, long panel, long place, long k) {
-    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 4 * 8 + k % 8 / 4 * 4);
+template <class Scales, long GROUP> static inline float number_of(const Int4DotOf<Scales, GROUP>& w, long panel, long index, long k) {
+    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + index, k % 4 * 8 + k % 8 / 4 * 4);
 }
 #endif
 
 // Applies scales and offsets to a row of stored numbers.
-template <class W> static auto scale(const W& w, long panel, long place, float* row, int) -> decltype(w.scales, void()) {
+template <class W> static auto scale(const W& w, long panel, long index, float* row, int) -> decltype(w.scales, void()) {
     for (long g = 0; g < w.K / w.group; ++g) {
-        const typename W::GroupScales held(w.scales + (panel * (w.K / w.group) + g) * PANEL + place / LANES * LANES);
+        const typename W::GroupScales held(w.scales + (panel * (w.K / w.group) + g) * PANEL + index / LANES * LANES);
         alignas(64) float scales[LANES], zeros[LANES];
         store(scales, held.scale);
         store(zeros, held.taken_away(W::OFFSET));
-        for (long k = g * w.group; k < (g + 1) * w.group; ++k) row[k] = (row[k] - zeros[place % LANES]) * scales[place % LANES];
+        for (long k = g * w.group; k < (g + 1) * w.group; ++k) row[k] = (row[k] - zeros[index % LANES]) * scales[index % LANES];
     }
 }
 template <class W> static void scale(const W&, long, long, float*, long) {}  // for kinds without scales
@@ -154,15 +154,15 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
     const W w = Weights<W>::make(weights, scales, padded, group);
     std::atomic<long> found{0};
     parallel_for(T, T * padded > SERIAL_NUMBERS ? threads : 1, [&](long t) {
-        const long output = outputs[t] - first, panel = output / PANEL, place = output % PANEL;
+        const long output = outputs[t] - first, panel = output / PANEL, index = output % PANEL;
         float* row = rows + t * padded;
         if (output < 0 || output >= N) {
             memset(row, 0, sizeof(float) * padded);
             return;
         }
         found.fetch_add(1, std::memory_order_relaxed);
-        for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, place, k);
-        scale(w, panel, place, row, 0);
+        for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, index, k);
+        scale(w, panel, index, row, 0);
 #if defined(__AVX512VNNI__)
         if constexpr (std::is_same_v<W, Int8Dot>) rotate_groups(row, padded / group, true);
 #endif
@@ -187,11 +187,11 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
 
 extern "C" {
 int manta_lanes() { return LANES; }
-KIND(bf16, Bf16)
+KIND(bf16, Bf16Product)
 #if defined(__AVX512BF16__)
 KIND(bf16_dot, Bf16Dot)
 #endif
-KIND(fp32, Fp32)
+KIND(fp32, Fp32Product)
 KIND(int8, Int8)
 KIND(int4, Int4)
 KIND(int4_zeros, Int4Zeros)
@@ -200,7 +200,7 @@ KIND(int8_dot, Int8Dot)
 KIND(int4_dot, Int4Dot)
 KIND(int4_zeros_dot, Int4ZerosDot)
 // x (groups, 128) in place; see rotate_groups.
-void manta_turn(float* x, long groups, int back, int threads) {
+void manta_hadamard(float* x, long groups, int back, int threads) {
     const long parts = (groups + 511) / 512;
     parallel_for(parts, threads, [&](long part) { rotate_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
 }

@@ -17,9 +17,9 @@ constexpr int CHUNK = 4;        // panels per task with few rows
 constexpr int WIDE_CHUNK = 8;   // and with many rows, which are then read less often
 constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // a panel's slice stays in a near cache while all rows are multiplied with it
 constexpr long ROW_BLOCK = 96;
-constexpr long FEW_TASKS = 8;   // per thread; with fewer tasks than this their sizes are balanced
-constexpr long TASK_NUMBERS = 1 << 18;  // then: rows times inputs times panels of a task, as all threads wait for the last one
-
+constexpr long MIN_TASKS_PER_THREAD = 8;  // with fewer, chunks are made smaller so that the threads finish together
+constexpr long SMALL_TASK = 1 << 18;      // size of such a chunk: rows * inputs * panels
+constexpr long FILL_WIDTH = 128;          // a row is filled so many numbers at a time
 
 // Uninitialised memory, aligned to cache lines. (A vector would be filled with zeros first.)
 template <class T> class AlignedBuffer {
@@ -33,8 +33,8 @@ public:
     T& operator[](size_t i) { return first[i]; }
 };
 
-// Initial values of a tile's sums: a bias or zeros, the same for all rows (stride 0), or the sums of earlier inputs. Results need not be zeroed
-// first.
+// Initial values of a tile's sums: a bias or zeros, the same for all rows (stride 0), or the sums of earlier inputs. (So `sums`
+// is never cleared beforehand.)
 struct InitialSums {
     const float* at;  // panel p starts at at + p * PANEL
     long stride;
@@ -43,14 +43,13 @@ struct InitialSums {
 };
 alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that a tile has
 
-// Interface of weight kinds (Fp32Product, Bf16Dot, and those of integers.h):
+// Interface of weight kinds (FloatProduct, Bf16Dot, and those of integers.h):
 // - `Row` is a row of x in the form that is multiplied. A class of rows is constructed with (count, K, padded K, group) and filled FILL_WIDTH numbers
 //   of a row at a time.
 // - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`. It may prefetch what lies
 //   `ahead` input features (counted through adjacent panels) behind what it reads.
 // - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
 //   the next panel is prefetched; with more parts, each part is multiplied with all panels.
-constexpr long FILL_WIDTH = 128;
 
 // R rows at equal distances. Few base addresses serve many rows; one address per row would not fit into registers.
 template <int R, class Number> class StridedRows {
@@ -59,7 +58,7 @@ template <int R, class Number> class StridedRows {
 
 public:
     template <class Row> INLINE StridedRows(const Row* rows, long k) {
-        once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
+        once = R > 1 ? rows[R > 1 ? 1 : 0].x - rows[0].x : 0;
         thrice = 3 * once;
         unrolled<(R + 3) / 4>([&](auto i) INLINED { first[i] = rows[0].x + 4 * i * once + k; });
     }
@@ -123,7 +122,7 @@ struct PlainFp32 {  // [panel][k][output]
     }
 };
 
-template <class Stored> struct Fp32Product {
+template <class Stored> struct FloatProduct {
     using Number = typename Stored::Number;
     const Number* weights;
     long K;
@@ -166,8 +165,8 @@ template <class Stored> struct Fp32Product {
     }
 };
 
-using Bf16 = Fp32Product<PairedBf16>;
-using Fp32 = Fp32Product<PlainFp32>;
+using Bf16Product = FloatProduct<PairedBf16>;
+using Fp32Product = FloatProduct<PlainFp32>;
 
 #if defined(__AVX512BF16__)
 // Rows rounded to bfloat16, multiplied two input features at a time (VDPBF16PS) and summed in float32.
@@ -246,16 +245,16 @@ constexpr long ADJACENT = INT64_MIN;
 // sums = bias (may be null) + the products of `count` rows, split into parts of nearly equal size, with `panels` panels. With few rows the panel
 // after the last one is prefetched: the adjacent one, or the one at a distance of `next` panels.
 template <class W>
-static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride,
-                  long next = ADJACENT) {
-    const long parts = count <= W::MAX_ROWS ? 1 : (count + W::PART_ROWS - 1) / W::PART_ROWS;
+static void multiply_panels(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums,
+                            long stride, long next = ADJACENT) {
+    const long row_parts = count <= W::MAX_ROWS ? 1 : (count + W::PART_ROWS - 1) / W::PART_ROWS;
     const auto initial_of = [&](long p) { return InitialSums{bias ? bias + p * PANEL : NO_BIAS, 0}; };
     if (w.K == 0)  // no products
         for (long r = 0; r < count; ++r)
             for (long p = 0; p < panels; ++p) memcpy(sums + r * stride + p * PANEL, initial_of(p).at, sizeof(float) * PANEL);
-    if (parts == 1) {
-        dispatch_rows<W::MAX_ROWS>(count, [&](auto some) {
-            constexpr int R = some.value, P = W::panels_at_once(R);
+    if (row_parts == 1) {
+        dispatch_rows<W::MAX_ROWS>(count, [&](auto num_rows) {
+            constexpr int R = num_rows.value, P = W::panels_at_once(R);
             const auto pass = [&](auto wide, long p) {
                 const bool is_last = p + wide.value == panels;
                 const long ahead = (is_last && next != ADJACENT ? next : long(wide.value)) * w.K;
@@ -270,23 +269,23 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
         });
         return;
     }
-    const auto rows_at = [&](long part) { return part * count / parts; };
+    const auto rows_at = [&](long part) { return part * count / row_parts; };
     const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
         const long first = rows_at(part);
         float* to = sums + first * stride + p * PANEL;
-        dispatch_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto some) {
-            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
+        dispatch_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto num_rows) {
+            w.template tile<num_rows.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
         });
     };
     for (long k0 = 0; k0 < w.K; k0 += K_BLOCK) {
         const long k1 = std::min(w.K, k0 + K_BLOCK);
-        if (parts <= W::PANEL_MAJOR_PARTS)
+        if (row_parts <= W::PANEL_MAJOR_PARTS)
             for (long p = 0; p < panels; ++p) {
                 const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
-                for (long part = 0; part < parts; ++part) pass(part, p, k0, k1, part + 1 < parts ? 0 : next);
+                for (long part = 0; part < row_parts; ++part) pass(part, p, k0, k1, part + 1 < row_parts ? 0 : next);
             }
         else
-            for (long part = 0; part < parts; ++part)
+            for (long part = 0; part < row_parts; ++part)
                 for (long p = 0; p < panels; ++p) pass(part, p, k0, k1, 0);
     }
 }
@@ -305,29 +304,29 @@ template <class W> struct Gemm {
     long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
     long chunks() const {
         const long most = count <= 4 * MAX_TILE_ROWS ? CHUNK : WIDE_CHUNK, found = (panels() + most - 1) / most;
-        if (found * blocks() >= FEW_TASKS * threads) return found;
-        const long smaller = std::min(most, std::max(1L, TASK_NUMBERS / std::max(1L, count * w.K))), more = (panels() + smaller - 1) / smaller;
+        if (found * blocks() >= MIN_TASKS_PER_THREAD * threads) return found;
+        const long smaller = std::min(most, std::max(1L, SMALL_TASK / std::max(1L, count * w.K))), more = (panels() + smaller - 1) / smaller;
         return std::min(panels(), (more + threads - 1) / threads * threads);
     }
     long tasks() const { return chunks() * blocks(); }
 
-    struct Part {
+    struct TaskBounds {
         long first, last, panel, panels;  // rows first .. last - 1; the first panel and their number
     };
-    Part part(long task) const {
+    TaskBounds bounds(long task) const {
         // Consecutive tasks share panels, as the rows are smaller than the weights.
         const long c = task / blocks(), b = task % blocks(), panel = c * panels() / chunks();
         return {b * count / blocks(), (b + 1) * count / blocks(), panel, (c + 1) * panels() / chunks() - panel};
     }
 
     void run(long task) const {
-        const auto [first, last, panel, some] = part(task);
-        const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
+        const auto [first, last, panel, num_panels] = bounds(task);
+        const long column = panel * PANEL, width = std::min(num_panels * PANEL, N - column);
         const long whole = width / PANEL;  // panels whose sums are written directly to y
-        if (whole) block(w, rows + first, last - first, panel, whole, bias ? bias + column : nullptr, y + first * N + column, N);
-        if (whole == some) return;
+        if (whole) multiply_panels(w, rows + first, last - first, panel, whole, bias ? bias + column : nullptr, y + first * N + column, N);
+        if (whole == num_panels) return;
         alignas(64) static thread_local float sums[ROW_BLOCK * PANEL];
-        block(w, rows + first, last - first, panel + whole, 1, nullptr, sums, PANEL);
+        multiply_panels(w, rows + first, last - first, panel + whole, 1, nullptr, sums, PANEL);
         for (long r = first; r < last; ++r)
             for (long i = whole * PANEL; i < width; ++i)
                 y[r * N + column + i] = (bias ? bias[column + i] : 0) + sums[(r - first) * PANEL + i - whole * PANEL];
@@ -352,8 +351,8 @@ template <class W, class Middle> struct GatedGemm {
         const long begin = b * count / blocks(), end = (b + 1) * count / blocks();
         const long panel = (I + column) / PANEL, apart = (I + column) % PANEL;  // where up's outputs begin
         alignas(64) static thread_local float sums[ROW_BLOCK * STRIDE];
-        block(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, nullptr, sums, STRIDE);
-        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, nullptr, sums + FILL_WIDTH, STRIDE);
+        multiply_panels(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, nullptr, sums, STRIDE);
+        multiply_panels(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, nullptr, sums + FILL_WIDTH, STRIDE);
         for (long r = begin; r < end; ++r) {
             float* at = sums + (r - begin) * STRIDE;
             gate(at, at + FILL_WIDTH + apart, at, width);

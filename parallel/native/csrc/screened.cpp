@@ -125,10 +125,10 @@ struct RoughGemm {
 
     long tasks() const { return gemm.tasks(); }
     void run(long task) const {
-        const auto [first, last, panel, panels] = gemm.part(task);
+        const auto [first, last, panel, panels] = gemm.bounds(task);
         const long column = panel * PANEL, width = std::min(panels * PANEL, gemm.N - column), stride = panels * PANEL;
         static thread_local AlignedBuffer<float> sums(ROW_BLOCK * WIDE_CHUNK * PANEL);
-        block(gemm.w, gemm.rows + first, last - first, panel, panels, nullptr, &sums[0], stride);
+        multiply_panels(gemm.w, gemm.rows + first, last - first, panel, panels, nullptr, &sums[0], stride);
         for (long t = first; t < std::min(last, T); ++t) {
             float* at = &sums[(t - first) * stride];
             if (gemm.count > T)  // with residuals there are few rows, so all of them are in this task
@@ -240,7 +240,7 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
         for (int32_t t : rows_of_panel[panel]) chosen.push_back(exact.rows[t]);
         if (count > 1) gather_rows(chosen, padded, room);
         AlignedBuffer<float> sums(count * PANEL);
-        block(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_panels ? candidate_panels[next] - panel : 0);
+        multiply_panels(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_panels ? candidate_panels[next] - panel : 0);
         for (long r = 0; r < count; ++r)
             memcpy(y + rows_of_panel[panel][r] * N + panel * PANEL, &sums[r * PANEL], sizeof(float) * std::min(long(PANEL), N - panel * PANEL));
     });

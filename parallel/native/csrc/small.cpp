@@ -33,7 +33,7 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
 }
 
 // Argmax: the highest value and its index in each of R rows of N values, `stride` apart.
-void manta_highest(const float* x, long stride, float* values, int64_t* places, long R, long N, int threads) {
-    parallel_for(R, threads, [&](long r) { values[r] = highest_at(x + r * stride, N, places + r); });
+void manta_highest(const float* x, long stride, float* values, int64_t* indices, long R, long N, int threads) {
+    parallel_for(R, threads, [&](long r) { values[r] = highest_at(x + r * stride, N, indices + r); });
 }
 }

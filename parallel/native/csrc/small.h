@@ -29,7 +29,7 @@ static inline void norm(const float* x, const float* weight, float* out, long D,
 }
 
 // The highest of N values and its first index; if any value is NaN, NaN and an arbitrary index.
-static inline float highest_at(const float* x, long N, int64_t* place) {
+static inline float highest_at(const float* x, long N, int64_t* index) {
     constexpr long STRETCH = 64 * LANES;
     float best = x[0];
     long stretch = 0;
@@ -47,11 +47,11 @@ static inline float highest_at(const float* x, long N, int64_t* place) {
         float found = reduce_max(maximum(maximum(most[0], most[1]), maximum(most[2], most[3])));
         for (; i < stop; ++i) found = std::max(found, x[i]), not_numbers |= x[i] != x[i];
         if (not_numbers) {
-            *place = start;
+            *index = start;
             return NAN;
         }
         if (found > best) best = found, stretch = start;
     }
-    for (*place = stretch; x[*place] != best;) ++*place;
+    for (*index = stretch; x[*index] != best;) ++*index;
     return best;
 }

@@ -98,18 +98,18 @@ struct Batch {
 
 struct Layer {
     const AttentionSublayer* attention;
-    const void* second;  // MlpSublayer or MoeSublayer
+    const void* mlp_sublayer;  // MlpSublayer or MoeSublayer
     long is_sparse;
 };
 
 // All-reduce over the ranks of the group; none is needed on a single rank (`exchange` is null).
-struct Sums {
+struct AllReduce {
     int (*all_reduce)(void*, float*, long);
     void* exchange;
     int64_t* page;  // see parallel/last_collective.py; null: collectives are not recorded
     int64_t kind, axis;
 
-    int add_up(float* x, long count) const {
+    int sum_over_ranks(float* x, long count) const {
         if (!exchange) return 0;
         if (page) {
             timespec now;
@@ -125,8 +125,8 @@ struct Sums {
 extern "C" {
 
 // x (T, D) += delta, which may be null; out (T, D) = attention(norm(x)). Writes keys and values to the cache.
-void manta_attention_half(const AttentionSublayer* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
-    const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *half;
+void manta_attention_sublayer(const AttentionSublayer* sublayer, const Batch* batch, float* x, const float* delta, float* out, int threads) {
+    const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *sublayer;
     const long T = batch->T, width = (H + 2 * G) * K, decodes = batch->decodes, M = batch->M;
     AlignedBuffer<float> qkv_rows(T * width);
     {
@@ -147,11 +147,11 @@ void manta_attention_half(const AttentionSublayer* half, const Batch* batch, flo
 }
 
 // x (T, D) += delta, which may be null; out (T, D) = mlp(norm(x)).
-void manta_mlp_half(const MlpSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
-    const long D = half->mlp.up.inputs;
+void manta_mlp_sublayer(const MlpSublayer* sublayer, float* x, const float* delta, float* out, long T, int threads) {
+    const long D = sublayer->mlp.up.inputs;
     AlignedBuffer<float> normed(T * D);
-    half->norm.add(x, delta, &normed[0], T, D, threads);
-    half->mlp.run(&normed[0], out, T, threads);
+    sublayer->norm.add(x, delta, &normed[0], T, D, threads);
+    sublayer->mlp.run(&normed[0], out, T, threads);
 }
 
 // out (N, D): for each row of x, the weighted sum of its experts, in the order of ids and weights (N, A). A negative id is computed elsewhere and
@@ -167,7 +167,7 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
         ++counts[ids[a]];
         ++total;
     }
-    std::vector<long> next(count), place(N * A, -1);
+    std::vector<long> next(count), row_of(N * A, -1);
     std::vector<const void*> ups, up_scale, downs, down_scale;
     long first = 0;
     for (long e = 0; e < count; first += counts[e++]) {
@@ -178,7 +178,7 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
     }
     std::vector<int64_t> rows(total);
     for (long a = 0; a < N * A; ++a)
-        if (ids[a] >= 0) rows[place[a] = next[ids[a]]++] = a / A;
+        if (ids[a] >= 0) rows[row_of[a] = next[ids[a]]++] = a / A;
     AlignedBuffer<float> y(total * D);
     if (total)
         run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
@@ -187,25 +187,25 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
         float* to = out + n * D;
         memset(to, 0, sizeof(float) * D);
         for (long a = n * A; a < (n + 1) * A; ++a)
-            if (place[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[place[a] * D + i];
+            if (row_of[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[row_of[a] * D + i];
     });
     return -1;
 }
 
 // The top A of E experts by their logits, and their probabilities by a softmax over all experts; the first among equals.
 static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights) {
-    std::vector<float> share(logits, logits + E);
-    const float most = *std::max_element(share.begin(), share.end());
+    std::vector<float> probabilities(logits, logits + E);
+    const float most = *std::max_element(probabilities.begin(), probabilities.end());
     float total = 0, chosen = 0;
-    for (float& each : share) total += each = std::exp(each - most);
+    for (float& each : probabilities) total += each = std::exp(each - most);
     std::vector<bool> taken(E);
     for (long a = 0; a < A; ++a) {
         long best = -1;
         for (long e = 0; e < E; ++e)
-            if (!taken[e] && (best < 0 || share[e] > share[best])) best = e;
+            if (!taken[e] && (best < 0 || probabilities[e] > probabilities[best])) best = e;
         taken[best] = true;
         ids[a] = best;
-        chosen += weights[a] = share[best] / total;
+        chosen += weights[a] = probabilities[best] / total;
     }
     if (renormalise)
         for (long a = 0; a < A; ++a) weights[a] /= chosen;
@@ -213,8 +213,8 @@ static void choose(const float* logits, long E, long A, bool renormalise, int64_
 
 // x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns as
 // manta_weighted_experts does; with a missing expert `out` is not written.
-long manta_moe_half(const MoeSublayer* half, float* x, const float* delta, float* out, long T, int threads) {
-    const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
+long manta_moe_sublayer(const MoeSublayer* sublayer, float* x, const float* delta, float* out, long T, int threads) {
+    const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *sublayer;
     const long D = router.inputs, E = router.outputs;
     AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T), shared_out(T * D);
     AlignedBuffer<int64_t> ids(T * A);
@@ -233,19 +233,19 @@ long manta_moe_half(const MoeSublayer* half, float* x, const float* delta, float
 
 // Runs x (T, D) through all layers; what is then still to be added to x is left in delta (T, D). Returns 0 on success, a positive Outcome of
 // shared_memory_collectives.cpp if a sum over ranks failed, or -1 - the id of a missing expert.
-long manta_layers(const Layer* layers, long count, const Sums* sums, const Batch* batch, float* x, float* delta, long D, int threads) {
+long manta_layers(const Layer* layers, long count, const AllReduce* all_reduce, const Batch* batch, float* x, float* delta, long D, int threads) {
     const long T = batch->T;
     for (long l = 0; l < count; ++l) {
-        const auto& [attention, second, is_sparse] = layers[l];
-        manta_attention_half(attention, batch, x, l ? delta : nullptr, delta, threads);  // a sublayer reads delta before it overwrites it
-        if (const int outcome = sums->add_up(delta, T * D)) return outcome;
+        const auto& [attention, mlp_sublayer, is_sparse] = layers[l];
+        manta_attention_sublayer(attention, batch, x, l ? delta : nullptr, delta, threads);  // a sublayer reads delta before it overwrites it
+        if (const int outcome = all_reduce->sum_over_ranks(delta, T * D)) return outcome;
         if (is_sparse) {  // sparse layers are complete on each rank: no sum
-            const long missing = manta_moe_half((const MoeSublayer*)second, x, delta, delta, T, threads);
+            const long missing = manta_moe_sublayer((const MoeSublayer*)mlp_sublayer, x, delta, delta, T, threads);
             if (missing >= 0) return -1 - missing;
             continue;
         }
-        manta_mlp_half((const MlpSublayer*)second, x, delta, delta, T, threads);
-        if (const int outcome = sums->add_up(delta, T * D)) return outcome;
+        manta_mlp_sublayer((const MlpSublayer*)mlp_sublayer, x, delta, delta, T, threads);
+        if (const int outcome = all_reduce->sum_over_ranks(delta, T * D)) return outcome;
     }
     return 0;
 }

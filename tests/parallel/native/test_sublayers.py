@@ -16,17 +16,17 @@ def test_a_row_with_an_expert_that_is_not_held_is_an_error() -> None:
     library = native()
     if library is None:
         pytest.skip("the kernels are not built here")
-    wanted, refused = second_half(library, set(range(EXPERTS))), []
+    wanted, refused = moe_sublayer_output(library, set(range(EXPERTS))), []
     for missing in range(EXPERTS):
         try:
-            assert torch.equal(second_half(library, set(range(EXPERTS)) - {missing}), wanted)
+            assert torch.equal(moe_sublayer_output(library, set(range(EXPERTS)) - {missing}), wanted)
         except KeyError as error:
             refused.append((missing, *error.args))
     assert refused == [(missing, f"expert {missing} is not held here") for missing, _ in refused]
     assert len(refused) == ACTIVE
 
 
-def second_half(library: Native, held: set[int]) -> Tensor:
+def moe_sublayer_output(library: Native, held: set[int]) -> Tensor:
     """For one row."""
     random = torch.Generator().manual_seed(4)
 
@@ -38,7 +38,7 @@ def second_half(library: Native, held: set[int]) -> Tensor:
 
     up = {number: matrix(2 * INNER, WIDTH) for number in range(EXPERTS)}
     down = {number: matrix(WIDTH, INNER) for number in range(EXPERTS)}
-    half = MoeSublayer(
+    sublayer = MoeSublayer(
         library,
         norm=torch.ones(WIDTH),
         eps=1e-6,
@@ -49,4 +49,4 @@ def second_half(library: Native, held: set[int]) -> Tensor:
         shared=GatedMlp(product(2 * INNER, WIDTH), product(WIDTH, INNER), 12),
         shared_gate=product(1, WIDTH),
     )
-    return half(torch.randn(1, WIDTH, generator=random), torch.randn(1, WIDTH, generator=random))
+    return sublayer(torch.randn(1, WIDTH, generator=random), torch.randn(1, WIDTH, generator=random))
