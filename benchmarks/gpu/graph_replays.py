@@ -112,7 +112,7 @@ def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, si
     decode_graphs = served.runner.decode_graphs
     assert decode_graphs is not None
     assert decode_graphs.logits is not None
-    decode_graphs.positions_B.zero_()  # the tokens there are already counted
+    decode_graphs.positions_P.zero_()  # the tokens there are already counted
     logits_RV = decode_graphs.logits[:count]
     report = graphs.launch(columns.of(np.arange(count)), np.array([row.position for row in rows]), size).read()
     found = served.sampler.results(logits_RV, logits_RV, rows, as_decided(report))

@@ -44,8 +44,8 @@ class AsyncStep(StepHandle):
         here, there = self.rows.columns[0], other.rows.columns[0]
         if np.array_equal(here, there):
             return np.arange(len(here))
-        place_of_row = np.full(max(self.table_rows_S.max(), other.table_rows_S.max()) + 1, -1)
-        place_of_row[self.table_rows_S] = np.arange(len(here))
-        places: np.ndarray = place_of_row[other.table_rows_S]
-        places[here[places] != there] = -1  # this row of the block tables belongs to another sequence now
-        return places
+        position_of_row = np.full(max(self.table_rows_S.max(), other.table_rows_S.max()) + 1, -1)
+        position_of_row[self.table_rows_S] = np.arange(len(here))
+        positions: np.ndarray = position_of_row[other.table_rows_S]
+        positions[here[positions] != there] = -1  # this row of the block tables belongs to another sequence now
+        return positions

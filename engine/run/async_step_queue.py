@@ -21,7 +21,7 @@ from engine.run.sampling.columns import may_need_host, needs_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 
 Launch = Callable[[np.ndarray], Tensor | None]
-"""Launches the computation of logits (S, V). Takes the input tokens (S) of its rows; -1 - n means the token at place n of the previous
+"""Launches the computation of logits (S, V). Takes the input tokens (S) of its rows; -1 - n means the token at index n of the previous
 step's output."""
 
 SAME_ROWS = -1 - np.arange(MAX_ROWS)
@@ -53,14 +53,14 @@ class AsyncStepQueue:
         """Launch a step that `accepts` has accepted."""
         rows = step.rows
         traced = rows.works() if is_tracing() else []
-        self._sequences.mark(9, traced)
+        self._sequences.trace(9, traced)
         tokens_S = self._tokens_of(step)
-        self._sequences.mark(10, traced)
+        self._sequences.trace(10, traced)
         logits_SV = launch(tokens_S)
         assert logits_SV is not None
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
-        self._sequences.mark(11, traced)
+        self._sequences.trace(11, traced)
         step.logits_SV, step.report = logits_SV, sampler_graphs.launch(step.columns, rows.starts + 1, step.size)
         self._steps.append(step)
         return step
@@ -85,13 +85,13 @@ class AsyncStepQueue:
             return rows.tokens
         if self._steps and self._steps[-1].table_rows_S is step.table_rows_S and len(unknown) == len(rows):
             return SAME_ROWS[: len(rows)]
-        places = self._steps[-1].row_positions(step)[unknown] if self._steps else unknown[:0]
-        if not len(places) or places.min() < 0:
+        positions = self._steps[-1].row_positions(step)[unknown] if self._steps else unknown[:0]
+        if not len(positions) or positions.min() < 0:
             self.finish_all()
             rows.fill_unknown(self._sequences.last_tokens)
             return rows.tokens
         tokens_S = rows.tokens.copy()
-        tokens_S[unknown] = -1 - places
+        tokens_S[unknown] = -1 - positions
         return tokens_S
 
     def finish(self, step: AsyncStep) -> None:

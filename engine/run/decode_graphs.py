@@ -1,6 +1,6 @@
 """CUDA graphs of the model for steps that compute one token of each sequence, each for a fixed number of rows. Place 10 of a request.
 
-S sequences of a step, B rows of the largest captured step, M the most blocks of a sequence, V vocabulary.
+S sequences of a step, P rows of the largest captured step (padding included), M most blocks of a sequence, V vocabulary.
 """
 
 import logging
@@ -51,24 +51,24 @@ class DecodeGraphs:
 
         ``broadcasts_tokens``: all ranks use the sampling rank's tokens, whatever the plan says.
         """
-        self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, broadcasts_tokens
+        self._model, self._cache, self._graphs, self._broadcasts_tokens = model, cache, graphs, broadcasts_tokens
         self.sizes = tuple(capture_sizes(max_rows))
         device = model.device
-        self._given = Staging(3, max_rows, device=device)
-        self.tokens_B, self._slots_B = (torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(2))
+        self._inputs = Staging(3, max_rows, device=device)
+        self.tokens_P, self._slots_P = (torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(2))
         """int64: the input tokens of the last step, padding included, and the slots of their keys and values."""
-        self.positions_B = self._given.on_device[POSITIONS]
+        self.positions_P = self._inputs.on_device[POSITIONS]
         """int64: the positions of these tokens in their sequences."""
-        self._lengths_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._lengths_P = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
-        self._latest: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._cached_for: tuple[int, np.ndarray, np.ndarray] | None = None
         """What `_tables` holds: the number of rows, the array of table rows (compared by identity), and the positions of the last step's
         tokens."""
         self.report = torch.zeros(3 * max_rows, dtype=torch.int64, device=device)
         """The sampler's output of the last step, tokens first (`engine.run.sampling.sampler_graphs`)."""
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
-        """(B, V): the last step's, overwritten by the next."""
+        """(P, V): the last step's, overwritten by the next."""
         if vocab_size is not None:
             self.logits = empty_rows(max_rows, vocab_size, dtype=model.dtype, device=device).zero_()
         self.replays: dict[int, Replay] = {}
@@ -84,9 +84,9 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self.replays.clear()
-        self._given.on_device.zero_()
-        self._given.on_device[BLOCKS] = -1  # no row writes to the cache
-        self._latest = None
+        self._inputs.on_device.zero_()
+        self._inputs.on_device[BLOCKS] = -1  # no row writes to the cache
+        self._cached_for = None
         for size in reversed(self.sizes):
             self.replays[size] = self._graphs.capture(partial(self._compute, size))
             after_each()
@@ -104,24 +104,24 @@ class DecodeGraphs:
     def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables, tokens_S: np.ndarray | None = None) -> Tensor | None:
         """Launch the step without waiting for it. Returns logits (S, V) on a rank that samples, valid until the next step.
 
-        ``tokens_S`` replaces the tokens of ``rows``; a negative token -1 - n is the one at place n of the last step's report.
+        ``tokens_S`` replaces the tokens of ``rows``; a negative token -1 - n is the one at index n of the last step's report.
         """
         count, size, starts_S = len(rows), self.size_for(len(rows)), rows.starts
-        blocks_S, held_S = tables.at(table_rows_S, starts_S, self._cache.layout.block_tokens)
-        _check_blocks(rows, held_S)
+        blocks_S, capacity_S = tables.at(table_rows_S, starts_S, self._cache.layout.block_tokens)
+        _check_blocks(rows, capacity_S)
         shortest = int(starts_S.argmin()) if size > count else 0
-        given = self._given.next_host_array()
-        for row, told_S in ((TOKENS, rows.tokens if tokens_S is None else tokens_S), (POSITIONS, starts_S), (BLOCKS, blocks_S)):
-            given[row, :count] = told_S
+        inputs = self._inputs.next_host_array()
+        for row, values_S in ((TOKENS, rows.tokens if tokens_S is None else tokens_S), (POSITIONS, starts_S), (BLOCKS, blocks_S)):
+            inputs[row, :count] = values_S
             if size > count:
-                given[row, count:size] = told_S[shortest] if row != BLOCKS else -1 - told_S[shortest]
-        self._given.upload()
+                inputs[row, count:size] = values_S[shortest] if row != BLOCKS else -1 - values_S[shortest]
+        self._inputs.upload()
         if not self._tables_unchanged(size, table_rows_S, starts_S):
             blocks_SM, _ = tables.of(table_rows_S)
             if size > count:
                 blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
             refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
-        self._latest = size, table_rows_S, starts_S
+        self._cached_for = size, table_rows_S, starts_S
         self.replays[size]()
         return None if self.logits is None else self.logits[:count]
 
@@ -130,31 +130,31 @@ class DecodeGraphs:
 
         The array of rows is another one if any of its sequences was closed, or if another step was launched in between.
         """
-        if self._latest is None:
+        if self._cached_for is None:
             return False
-        latest_size, latest_rows_S, latest_starts_S = self._latest
-        return latest_size == size and latest_rows_S is table_rows_S and np.array_equal(latest_starts_S + 1, starts_S)
+        cached_size, cached_rows_S, cached_starts_S = self._cached_for
+        return cached_size == size and cached_rows_S is table_rows_S and np.array_equal(cached_starts_S + 1, starts_S)
 
     def _batch(self, size: int) -> ForwardBatch:
         return ForwardBatch(
-            tokens_T=self.tokens_B[:size],
-            positions_T=self.positions_B[:size],
-            slots_T=self._slots_B[:size],
+            tokens_T=self.tokens_P[:size],
+            positions_T=self.positions_P[:size],
+            slots_T=self._slots_P[:size],
             block_tables_SM=self._tables[:size],
-            lengths_S=self._lengths_B[:size],
+            lengths_S=self._lengths_P[:size],
             query_starts=tuple(range(size + 1)),
             context_lengths=(),
             num_decodes=size,
-            logit_rows_R=torch.arange(size, device=self.tokens_B.device),
+            logit_rows_R=torch.arange(size, device=self.tokens_P.device),
         )
 
     def _compute(self, size: int) -> None:
         batch = self._batches[size]
         unpack_decode_inputs(
-            self._given.on_device[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
+            self._inputs.on_device[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
             self._cache.layout.block_tokens,
         )  # fmt: skip
-        if self._hands_on:
+        if self._broadcasts_tokens:
             broadcast_tokens(batch.tokens_T, self._model.groups.tp)
         hidden_TD = self._model.hidden(batch, self._cache)
         assert hidden_TD is not None  # there is only one stage
@@ -182,11 +182,11 @@ def capture_sizes(max_rows: int) -> Iterator[int]:
     yield max_rows
 
 
-def _check_blocks(rows: DecodeRows, held_tokens_S: np.ndarray) -> None:
+def _check_blocks(rows: DecodeRows, capacity_S: np.ndarray) -> None:
     """See `engine.run.batch_builder`."""
-    short = np.flatnonzero(rows.starts >= held_tokens_S)
+    short = np.flatnonzero(rows.starts >= capacity_S)
     if len(short):
         at = int(short[0])
         raise ValueError(
-            f"sequence {rows.sequences[at]} computes up to token {int(rows.starts[at]) + 1} and its blocks hold {int(held_tokens_S[at])}"
+            f"sequence {rows.sequences[at]} computes up to token {int(rows.starts[at]) + 1} and its blocks hold {int(capacity_S[at])}"
         )

@@ -15,8 +15,8 @@ class DecodeRows:
 
     columns: np.ndarray
     """int64 (4, S): sequence, start, token, new block or `NO_BLOCK`."""
-    places: np.ndarray
-    """The positions of the former among all columns of the plan (`StepResult.tokens`)."""
+    column_indices: np.ndarray
+    """The indices of the former among all columns of the plan (`StepResult.tokens`)."""
     num_columns: int
     """How many columns the plan has, for all shards."""
     other_works: tuple[Work, ...]
@@ -78,8 +78,8 @@ class DecodeRows:
         if not self.other_works and len(tokens_S) == self.num_columns:
             return tokens_S.tobytes(), []
         columns = np.full(self.num_columns, NO_TOKEN, np.int64)
-        columns[self.places] = tokens_S[: len(self.places)]
-        singles = tokens_S[len(self.places) :].tolist()
+        columns[self.column_indices] = tokens_S[: len(self.column_indices)]
+        singles = tokens_S[len(self.column_indices) :].tolist()
         return columns.tobytes(), [SampledTokens(work.sequence, (token,)) for work, token in zip(self.other_works, singles, strict=True)]
 
 
@@ -91,11 +91,11 @@ def decode_rows(plan: StepPlan, shard: int) -> DecodeRows | None:
     other_works = tuple(work for work in plan.other_works if work.shard == shard)
     if not all(map(_only_decodes, other_works)):
         return None
-    places = np.flatnonzero(columns[4] == shard)
-    planned = columns[:4, places]
+    column_indices = np.flatnonzero(columns[4] == shard)
+    planned = columns[:4, column_indices]
     single = np.array([(work.sequence, work.start, work.tokens[0], NO_BLOCK) for work in other_works], np.int64).reshape(-1, 4).T
     rows = np.concatenate([planned, single], axis=1)
-    return DecodeRows(rows, places, columns.shape[1], other_works) if rows.shape[1] else None
+    return DecodeRows(rows, column_indices, columns.shape[1], other_works) if rows.shape[1] else None
 
 
 def _only_decodes(work: Work) -> bool:

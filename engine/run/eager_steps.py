@@ -51,12 +51,12 @@ class EagerSteps:
         """Only the sampling rank knows the tokens of the first ``num_to_broadcast`` works, and broadcasts them."""
         for work in works:
             self._sequences.tables.append(work)
-        self._sequences.mark(9, works)
+        self._sequences.trace(9, works)
         model, layout = self._forward.model, self._forward.cache.layout
         built = build_batch(works, self._sequences.tables, layout.block_tokens, model.device)
         if num_to_broadcast:
             broadcast_tokens(built.forward.tokens_T[:num_to_broadcast], model.groups.tp)
-        self._sequences.mark(10, works)
+        self._sequences.trace(10, works)
         return built
 
     def _compute(self, built: BuiltBatch) -> RankOutput:
@@ -79,7 +79,7 @@ class EagerSteps:
         logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
-        sequences.mark(11, built.sampling_works)
+        sequences.trace(11, built.sampling_works)
         sampled = self._result_builder.sample(logits_RV, built.sampling_works, allowed.result() if allowed else {})
         del logits_RV  # the draft model needs as much memory for its own logits
         embeddings, drafting_s = sequences.pooler.pool(hidden_TD, built), 0.0

@@ -62,15 +62,15 @@ class GraphSteps:
         """Execute a step to its end. ``columns`` is None on a rank that does not sample."""
         sequences, known_S = self.sequences, rows.starts + 1
         traced = rows.works() if is_tracing() else []
-        sequences.mark(9, traced)
-        sequences.mark(10, traced)
+        sequences.trace(9, traced)
+        sequences.trace(10, traced)
         # the device is busy from here on, and the host can work meanwhile
         logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)
         if self.sampler_graphs is None or columns is None or logits_SV is None:
             return RankOutput()
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
-        sequences.mark(11, traced)
+        sequences.trace(11, traced)
         for at in np.flatnonzero(columns[NEEDS] & TRACKS_TOKENS).tolist():
             sequences.add_tokens(rows.work(at))
         masks = sequences.guides.begin(rows.sequences)

@@ -28,7 +28,7 @@ def broadcast_tokens(tokens_T: Tensor, tp: Group) -> None:
 
 
 def fill_unknown_tokens(tokens_T: Tensor, report: Tensor) -> None:
-    """Replace each negative token -1 - n by the one at place n of the previous step's report. All on the device, int64."""
+    """Replace each negative token -1 - n by the one at index n of the previous step's report. All on the device, int64."""
     tokens_T.copy_(torch.where(tokens_T < 0, report[(-1 - tokens_T).clamp(min=0)], tokens_T))
 
 

@@ -73,8 +73,8 @@ class MixedBatch:
         logits_SV = graphs.logits[:count]
         logits_SV.copy_(model.logits(built.sampled_rows(hidden_TD, kept_R))[:, : logits_SV.shape[1]])
         if counts:
-            graphs.tokens_B[:count].copy_(batch.tokens_T[batch.logit_rows_R])
-            graphs.positions_B[:count].copy_(batch.positions_T[batch.logit_rows_R])
+            graphs.tokens_P[:count].copy_(batch.tokens_T[batch.logit_rows_R])
+            graphs.positions_P[:count].copy_(batch.positions_T[batch.logit_rows_R])
         return logits_SV
 
     def _build(self, tables: BlockTables, tokens_S: np.ndarray, block_tokens: int, device: torch.device) -> ForwardBatch:
@@ -102,8 +102,8 @@ def mixed_batch(plan: StepPlan, shard: int) -> MixedBatch | None:
     if any(work.num_draft or work.targets or work.pools or work.num_next_draft for work in other_works):
         return None
     columns = plan.decodes.columns
-    places = np.flatnonzero(columns[4] == shard)
+    positions = np.flatnonzero(columns[4] == shard)
     sampling = tuple(work for work in other_works if work.samples)
     last = [(work.sequence, work.start + len(work.tokens) - 1, work.tokens[-1], NO_BLOCK) for work in sampling]
-    rows = np.concatenate([columns[:4, places], np.array(last, np.int64).reshape(-1, 4).T], axis=1)
-    return MixedBatch(DecodeRows(rows, places, columns.shape[1], sampling), len(places), other_works) if rows.shape[1] else None
+    rows = np.concatenate([columns[:4, positions], np.array(last, np.int64).reshape(-1, 4).T], axis=1)
+    return MixedBatch(DecodeRows(rows, positions, columns.shape[1], sampling), len(positions), other_works) if rows.shape[1] else None

@@ -95,7 +95,7 @@ class OpenSequences:
         """The rows to be sampled after a work."""
         return sampling_rows(work, self.states[work.sequence], allowed.words if allowed else None)
 
-    def mark(self, place: int, works: Sequence[Work]) -> None:
+    def trace(self, place: int, works: Sequence[Work]) -> None:
         """Log the place of each request; only one rank per shard does."""
         if self._vocab_size is not None:
             for work in works:

@@ -150,8 +150,8 @@ class Runner:
             sizes,
             graphs,
             table=table,
-            tokens_B=decode_graphs.tokens_B,
-            positions_B=decode_graphs.positions_B,
+            tokens_P=decode_graphs.tokens_P,
+            positions_P=decode_graphs.positions_P,
             report=decode_graphs.report,
         )
 

@@ -29,11 +29,11 @@ def _decode_inputs_kernel(
 
 
 def unpack_decode_inputs(
-    given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
+    inputs_3S: Tensor, sampled_P: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
     """See the reference."""
     num_rows = tokens_S.shape[0]
     _decode_inputs_kernel[(cdiv(num_rows, BLOCK),)](
-        given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, num_rows, given_3S.stride(0), tables_SM.stride(0),
+        inputs_3S, sampled_P, tokens_S, slots_S, lengths_S, tables_SM, num_rows, inputs_3S.stride(0), tables_SM.stride(0),
         BLOCK_TOKENS=block_tokens, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

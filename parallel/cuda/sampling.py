@@ -264,8 +264,8 @@ def draw(
     logits_RV: Tensor,
     report_3R: Tensor,
     *,
-    most: int,
-    kind_R: Tensor,
+    hardest_mode: int,
+    mode_R: Tensor,
     seed_R: Tensor,
     choice_R: Tensor,
     position_R: Tensor,
@@ -278,10 +278,10 @@ def draw(
     """Write to ``report_3R`` (int64): the sampled ids, whether the maximum of the model's logits is finite, and whether that of
     ``logits_RV`` is.
 
-    Rows are sampled by their ``kind_R`` (`engine.run.sampling.columns.KIND`). ``most`` is the most complex kind that may occur; if it is
-    greedy, no other argument is read. Parameters as in `engine.run.sampling.filters.DrawParams`, contiguous, int64 except the last three,
-    which are float64. ``raw_highest_RN``: keys of the model's highest logit in each part (`parallel.cuda.logit_keys`), if ``logits_RV``
-    were modified.
+    Each row is sampled in its mode (`engine.run.sampling.columns.DRAW_MODE`). ``hardest_mode`` is the most complex one that may occur; if
+    it is greedy, no other argument is read. Parameters as in `engine.run.sampling.filters.DrawParams`, contiguous, int64 except the last
+    three, which are float64. ``raw_highest_RN``: keys of the model's highest logit in each part (`parallel.cuda.logit_keys`), if
+    ``logits_RV`` were modified.
     """
     num_rows, width = logits_RV.shape
     if not num_rows:
@@ -294,24 +294,25 @@ def draw(
     weights, uniform_R = empty_parts(logits_RV, torch.int64), torch.empty(num_rows, dtype=torch.float64, device=device)
     stretches, ids, keys = (torch.empty(num_rows, size, dtype=torch.int32, device=device) for size in (stretches_padded, ROOM, ROOM))
     parts_padded = max(2, next_power_of_2(num_parts))
-    if most > FEW_KIND.value:
+    if hardest_mode > FEW_KIND.value:
         _weights_kernel[(num_rows, num_parts)](
-            logits_RV, kind_R, temperature_R, of_parts, weights, *shape, num_parts,
+            logits_RV, mode_R, temperature_R, of_parts, weights, *shape, num_parts,
             PARTS=parts_padded, PART=PART, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     _rows_kernel[(num_rows,)](
         logits_RV, of_stretches, of_parts, of_parts if raw_highest_RN is None else raw_highest_RN, weights,
-        kind_R, seed_R, choice_R, position_R, top_k_R, temperature_R, top_p_R, min_p_R,
+        mode_R, seed_R, choice_R, position_R, top_k_R, temperature_R, top_p_R, min_p_R,
         report_3R[0], report_3R[1], report_3R[2], decided_R, uniform_R, stretches, ids, keys,
         *shape, num_parts,
-        MOST=most, PART=PART, STRETCHES=max(2, stretches_padded), PARTS=parts_padded, **SIZES, **ROWS_OPTIONS, enable_fp_fusion=False,
+        MOST=hardest_mode, PART=PART, STRETCHES=max(2, stretches_padded), PARTS=parts_padded,
+        **SIZES, **ROWS_OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
-    if most > FEW_KIND.value:
+    if hardest_mode > FEW_KIND.value:
         draw_top_p(
             logits_RV, of_parts, weights, decided_R, report_3R[0], temperature_R=temperature_R, top_k_R=top_k_R, top_p_R=top_p_R,
             min_p_R=min_p_R, uniform_R=uniform_R,
         )  # fmt: skip
-    if most > GREEDY.value:
+    if hardest_mode > GREEDY.value:
         draw_full_vocab(report_3R[0], logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
 
 

@@ -11,7 +11,7 @@ from benchmarks.gpu.timing import median_s, replayed_s
 from engine.plan import NewSequence
 from engine.request import SamplingParams
 from engine.run.noise import uniform
-from engine.run.sampling.columns import CHOICE, KIND, SEED, TEMPERATURE, TOP_K, SamplingColumns, graph_kind
+from engine.run.sampling.columns import CHOICE, DRAW_MODE, SEED, TEMPERATURE, TOP_K, SamplingColumns, graph_mode
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, total_weight
 from engine.run.sampling.sampler import Sampler
@@ -123,11 +123,11 @@ def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int)
         "choice_R": told[CHOICE],
         "position_R": told[SEED] % 1000,
         "top_k_R": told[TOP_K],
-        "kind_R": told[KIND],
+        "mode_R": told[DRAW_MODE],
     }
     given |= {"temperature_R": floats[0], "top_p_R": floats[1], "min_p_R": floats[2]}
-    most = graph_kind(int(told[KIND].max()))
-    seconds = replayed_s(lambda: draw(logits_RV, report_3R, most=most, **given), checks.device, launches=5)
+    hardest_mode = graph_mode(int(told[DRAW_MODE].max()))
+    seconds = replayed_s(lambda: draw(logits_RV, report_3R, hardest_mode=hardest_mode, **given), checks.device, launches=5)
     checks.results.add("kernels", f"drawing {count}, {name}", seconds * 1e6, "us")
 
 

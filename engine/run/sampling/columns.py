@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from engine.run.sampling.groups import FEW_TOP_K, kind_of, top_k_of
+from engine.run.sampling.groups import FEW_TOP_K, draw_mode_of, top_k_of
 from engine.run.sampling.state import SamplingState
 
-SEED, CHOICE, FIRST, TOP_K, KIND, ENTRY, MAY_STOP_FROM, NEEDS, TEMPERATURE, TOP_P, MIN_P = range(11)
-"""Columns; the last three are float64 in the bits of an int64. FIRST: length of the prompt. ENTRY: see `SamplingState.entry`.
+SEED, CHOICE, NUM_PROMPT, TOP_K, DRAW_MODE, ENTRY, MAY_STOP_FROM, NEEDS, TEMPERATURE, TOP_P, MIN_P = range(11)
+"""Columns; the last three are float64 in the bits of an int64. NUM_PROMPT: tokens of the prompt. ENTRY: see `SamplingState.entry`.
 MAY_STOP_FROM: number of known tokens from which its stop ids are allowed."""
 
 GREEDY, FEW, FILTERED, UNFILTERED = range(4)
-"""`KIND`: not drawn; drawn among the few of a small top-k; with any filters; from the whole vocabulary."""
+"""`DRAW_MODE`: not drawn; drawn among the few of a small top-k; with any filters; from the whole vocabulary."""
 
-GRAPH_KINDS = (GREEDY, FEW, UNFILTERED)
-"""The kinds for which the sampler is captured. Each also handles the kinds before it."""
+GRAPH_MODES = (GREEDY, FEW, UNFILTERED)
+"""The draw modes for which the sampler is captured. Each also handles the modes before it."""
 
 EDITS, TRACKS_TOKENS, LOGPROBS, GRAMMAR = 1, 2, 4, 8
 """`NEEDS`: penalties or biases change its logits; the host reads its tokens; it wants log-probabilities; it has a grammar."""
@@ -24,37 +24,37 @@ class SamplingColumns:
 
     def __init__(self) -> None:
         self._columns = np.zeros((11, 16), np.int64)
-        self._latest: tuple[np.ndarray, np.ndarray] | None = None
+        self._cached_for: tuple[np.ndarray, np.ndarray] | None = None
         """The last argument of `of` and its result. Most steps ask for the same array again."""
 
     def put(self, row: int, state: SamplingState) -> None:
         """Write the parameters of a newly opened sequence, over those of the row's previous owner."""
         while row >= self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
-        self._latest = None
+        self._cached_for = None
         sampling, guided = state.sampling, state.sampling.grammar is not None
         changes = sampling.penalises or len(state.bias_ids) > 0
-        numbers = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float64)
+        floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float64)
         self._columns[:, row] = (
             state.seed,
             state.choice,
             state.num_prompt,
             top_k_of(sampling, state.vocab_size),
-            draw_code(state),
+            draw_mode_code(state),
             state.entry,
             state.num_prompt + sampling.min_tokens if len(state.stop_ids) else 0,
             EDITS * changes
             | TRACKS_TOKENS * (guided or state.history is not None)
             | LOGPROBS * (sampling.logprobs is not None)
             | GRAMMAR * guided,
-            *numbers.view(np.int64),
+            *floats.view(np.int64),
         )
 
     def of(self, rows_S: np.ndarray) -> np.ndarray:
         """int64 (11, S). The same array for the same array of rows until a sequence is opened."""
-        if self._latest is None or self._latest[0] is not rows_S:
-            self._latest = rows_S, self._columns.take(rows_S, axis=1)
-        return self._latest[1]
+        if self._cached_for is None or self._cached_for[0] is not rows_S:
+            self._cached_for = rows_S, self._columns.take(rows_S, axis=1)
+        return self._cached_for[1]
 
 
 def stop_ids_forbidden(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
@@ -90,14 +90,14 @@ def may_need_host(columns: np.ndarray) -> bool:
     return bool((columns[NEEDS] & (TRACKS_TOKENS | LOGPROBS | GRAMMAR)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
 
 
-def graph_kind(kind: int) -> int:
-    """The first of `GRAPH_KINDS` that handles rows of this kind."""
-    return next(most for most in GRAPH_KINDS if most >= kind)
+def graph_mode(mode: int) -> int:
+    """The first of `GRAPH_MODES` that handles rows of this mode."""
+    return next(captured for captured in GRAPH_MODES if captured >= mode)
 
 
-def draw_code(state: SamplingState) -> int:
-    """The `KIND` of a sequence."""
-    match kind_of(state.sampling, state.vocab_size):
+def draw_mode_code(state: SamplingState) -> int:
+    """The sequence's `DRAW_MODE`."""
+    match draw_mode_of(state.sampling, state.vocab_size):
         case "greedy":
             return GREEDY
         case "unfiltered":

@@ -22,14 +22,14 @@ MORE_CANDIDATES = 64
 FEW_TOP_K = 64
 """Common values of top-k. Up to here a captured step looks at few candidates."""
 
-Kind = Literal["greedy", "unfiltered", "bounded", "open"]
+DrawMode = Literal["greedy", "unfiltered", "bounded", "open"]
 
 
 @dataclass(frozen=True)
 class DrawGroup:
     """Rows that are drawn by the same operations."""
 
-    kind: Kind
+    mode: DrawMode
     at: tuple[int, ...]
     """Indices of the rows in the step."""
     num_candidates: int
@@ -37,28 +37,28 @@ class DrawGroup:
 
 def group_rows(rows: Sequence[Row], vocab_size: int) -> list[DrawGroup]:
     """The groups of rows that are drawn; greedy rows are in none."""
-    kinds = [kind_of(row.state.sampling, vocab_size) for row in rows]
+    modes = [draw_mode_of(row.state.sampling, vocab_size) for row in rows]
     groups = []
-    drawn: tuple[Kind, ...] = ("unfiltered", "bounded", "open")
-    for kind in drawn:
-        at = tuple(i for i, k in enumerate(kinds) if k == kind)
+    drawn: tuple[DrawMode, ...] = ("unfiltered", "bounded", "open")
+    for mode in drawn:
+        at = tuple(i for i, its_mode in enumerate(modes) if its_mode == mode)
         if at:
             wanted = max(_num_candidates(rows[i].state.sampling) for i in at)
-            groups.append(DrawGroup(kind=kind, at=at, num_candidates=min(wanted, MAX_CANDIDATES)))
+            groups.append(DrawGroup(mode=mode, at=at, num_candidates=min(wanted, MAX_CANDIDATES)))
     return groups
 
 
 def draw_params(rows: Sequence[Row], vocab_size: int, device: torch.device) -> DrawParams:
     """The rows' parameters and noise as tensors."""
     sampling = [row.state.sampling for row in rows]
-    numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in sampling], np.float64)
-    words = [(row.state.seed, row.state.choice, row.position, top_k_of(row.state.sampling, vocab_size)) for row in rows]
-    temperature_R, top_p_R, min_p_R = upload(numbers, device).T.contiguous()
-    seed_R, choice_R, position_R, top_k_R = upload(np.array(words, np.int64), device).T.contiguous()
+    floats = np.array([(p.temperature, p.top_p, p.min_p) for p in sampling], np.float64)
+    integers = [(row.state.seed, row.state.choice, row.position, top_k_of(row.state.sampling, vocab_size)) for row in rows]
+    temperature_R, top_p_R, min_p_R = upload(floats, device).T.contiguous()
+    seed_R, choice_R, position_R, top_k_R = upload(np.array(integers, np.int64), device).T.contiguous()
     return DrawParams(temperature_R, top_k_R, top_p_R, min_p_R, uniform(seed_R, choice_R, position_R))
 
 
-def kind_of(sampling: SamplingParams, vocab_size: int) -> Kind:
+def draw_mode_of(sampling: SamplingParams, vocab_size: int) -> DrawMode:
     """How a row with these parameters is drawn."""
     if sampling.temperature == 0:
         return "greedy"

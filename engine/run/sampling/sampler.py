@@ -1,7 +1,7 @@
 """Chooses the next token of every row of logits. Place 11 of a request.
 
-R rows, V ids that can be sampled. The token of a row depends only on its own logits, parameters, seed, choice and position, never on the
-other rows of the batch.
+R rows, V ids that can be sampled, N parts of a row of logits (`parallel.cuda.logit_keys`). The token of a row depends only on its own
+logits, parameters, seed, choice and position, never on the other rows of the batch.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from engine.plan import SampledTokens, TokenLogprobs
-from engine.run.sampling.columns import draw_code, graph_kind
+from engine.run.sampling.columns import draw_mode_code, graph_mode
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edit_logits
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, total_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
 from engine.run.sampling.kernels import sampling_kernels_for
 from engine.run.sampling.logprobs import token_logprobs
+from engine.run.sampling.report import DrawReport
 from engine.run.sampling.state import Row
 from engine.run.sampling.top_k import highest
 from engine.run.transfer import upload
@@ -54,19 +55,18 @@ class Sampler:
         for group in group_rows(rows, self.vocab_size):
             self._draw(group, logits_RV, rows, chosen_R, decided_R)
         raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
-        report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
-        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once per step
+        report_4R = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
+        return self.results(raw_RV, logits_RV, rows, DrawReport(*report_4R.tolist()))  # the host waits for the device here, once per step
 
-    def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[SampledTokens]:
-        """One result per row of ``report``.
-
-        ``report`` has four lists: the drawn token, whether it is decided (see `draw_filtered`), and whether the highest logit is finite
-        before and after the edits.
-        """
-        chosen, decided, raw_finite, finite = report
-        faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_finite, finite, strict=True)]
+    def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: DrawReport) -> list[SampledTokens]:
+        """One result per row of ``report``. Rows that are not decided are drawn here."""
+        chosen = list(report.tokens)
+        faults = [
+            None if raw and edited else NOTHING_LEFT if raw else NOT_FINITE
+            for raw, edited in zip(report.raw_is_finite, report.is_finite, strict=True)
+        ]
         for i, fault in enumerate(faults):
-            if fault is None and not decided[i]:
+            if fault is None and not report.is_decided[i]:
                 chosen[i] = self._draw_sorted(logits_RV[i : i + 1], rows[i])
         logprobs = self._logprobs(raw_RV, rows, chosen, faults)
         return [
@@ -74,38 +74,38 @@ class Sampler:
             for i, (row, token, fault) in enumerate(zip(rows, chosen, faults, strict=True))
         ]
 
-    def _draw_with_kernels(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> list[list[int]]:
+    def _draw_with_kernels(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> DrawReport:
         """The report for `results`, from one kernel. Every row is decided."""
         states = [row.state for row in rows]
-        numbers = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
-        words = [
-            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), draw_code(state))
+        floats = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
+        integers = [
+            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), draw_mode_code(state))
             for state, row in zip(states, rows, strict=True)
         ]
-        given = upload(np.concatenate([np.array(words, np.int64), numbers.view(np.int64)], 1).T.copy(), self.device)
-        temperature_R, top_p_R, min_p_R = given[5:].view(torch.float64)
+        params_8R = upload(np.concatenate([np.array(integers, np.int64), floats.view(np.int64)], 1).T.copy(), self.device)
+        temperature_R, top_p_R, min_p_R = params_8R[5:].view(torch.float64)
         report_3R = torch.empty(3, len(rows), dtype=torch.int64, device=self.device)
         kernels.draw(
-            logits_RV, report_3R, most=graph_kind(max(kind for *_, kind in words)), seed_R=given[0], choice_R=given[1], position_R=given[2],
-            top_k_R=given[3], kind_R=given[4], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
-            raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
+            logits_RV, report_3R, hardest_mode=graph_mode(max(mode for *_, mode in integers)), seed_R=params_8R[0], choice_R=params_8R[1],
+            position_R=params_8R[2], top_k_R=params_8R[3], mode_R=params_8R[4], temperature_R=temperature_R, top_p_R=top_p_R,
+            min_p_R=min_p_R, raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
         )  # fmt: skip
         chosen, raw_finite, finite = report_3R.tolist()  # the host waits for the device here, once per step
-        return [chosen, [1] * len(rows), raw_finite, finite]
+        return DrawReport(chosen, [1] * len(rows), raw_finite, finite)
 
     def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
-        """Draw the rows of one group, and write the tokens to their places in ``chosen_R`` and ``decided_R``."""
+        """Draw the rows of one group, and write the results to the group's rows of ``chosen_R`` and ``decided_R``."""
         at = upload(np.array(group.at, np.int64), self.device)
         whole_step = len(group.at) == len(rows)
-        logits_GV = logits_RV if whole_step else logits_RV[at]
+        group_logits_RV = logits_RV if whole_step else logits_RV[at]
         params = draw_params([rows[i] for i in group.at], self.vocab_size, self.device)
-        if group.kind == "unfiltered":
-            chosen_R[at], _ = draw_unfiltered(logits_GV, params)
+        if group.mode == "unfiltered":
+            chosen_R[at], _ = draw_unfiltered(group_logits_RV, params)
             return
-        total_weight_G = total_weight(logits_GV, params) if group.kind == "open" else None
-        chosen_G, decided_G = draw_filtered(logits_GV, params, group.num_candidates, total_weight_G)
-        chosen_R[at] = chosen_G
-        decided_R[at] = decided_G.long()
+        total_weight_R = total_weight(group_logits_RV, params) if group.mode == "open" else None
+        group_chosen_R, group_decided_R = draw_filtered(group_logits_RV, params, group.num_candidates, total_weight_R)
+        chosen_R[at] = group_chosen_R
+        decided_R[at] = group_decided_R.long()
 
     def _draw_sorted(self, logits_1V: Tensor, row: Row) -> int:
         """Draw one row whose filters keep more ids than there were candidates: exact and slow, by sorting the whole vocabulary."""

@@ -26,8 +26,8 @@ class TokenHistory:
             is_output = self.num_tokens >= self._num_prompt
             self.num_tokens += 1
             if token < self._vocab_size:
-                place = self._index_of(token)
-                self._output_counts[place] += is_output
+                index = self._index_of(token)
+                self._output_counts[index] += is_output
 
     @property
     def ids(self) -> np.ndarray:
@@ -48,12 +48,12 @@ class TokenHistory:
         return after
 
     def _index_of(self, token: int) -> int:
-        place = self._indices.setdefault(token, len(self._indices))
-        if place == len(self._ids):
+        index = self._indices.setdefault(token, len(self._indices))
+        if index == len(self._ids):
             self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
             self._output_counts = np.concatenate([self._output_counts, np.zeros_like(self._output_counts)])
-        self._ids[place] = token
-        return place
+        self._ids[index] = token
+        return index
 
 
 class SamplingState:

@@ -12,13 +12,13 @@ from engine.request import SamplingParams
 from engine.run.block_tables import BlockTables
 from engine.run.decode_rows import decode_rows
 from engine.run.sampling.columns import (
+    DRAW_MODE,
     EDITS,
     ENTRY,
     FEW,
     FILTERED,
     GRAMMAR,
     GREEDY,
-    KIND,
     LOGPROBS,
     NEEDS,
     TRACKS_TOKENS,
@@ -46,37 +46,37 @@ CPU = torch.device("cpu")
     ids=["greedy", "few candidates", "all kinds"],
 )
 def test_a_replay_draws_what_the_sampler_draws(chosen: list[SamplingParams], ties: bool) -> None:
-    logits_BV, sampler = torch.zeros(16, VOCAB_SIZE), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
-    graphs = SamplerGraphs(logits_BV, (4, 16), RecordedGraphs())
+    logits_PV, sampler = torch.zeros(16, VOCAB_SIZE), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
+    graphs = SamplerGraphs(logits_PV, (4, 16), RecordedGraphs())
     graphs.capture()
     draw = random.Random(1)
     for count in (1, 3, 4, 11, 16):
         rows = [
             row(draw.choice(chosen), vocab_size=VOCAB_SIZE, position=draw.randrange(99), choice=draw.randrange(3)) for _ in range(count)
         ]
-        logits_BV[:count] = make_logits(count, VOCAB_SIZE, seed=count, ties=ties)
+        logits_PV[:count] = make_logits(count, VOCAB_SIZE, seed=count, ties=ties)
         columns = SamplingColumns()
         for at, one in enumerate(rows):
             columns.put(at, one.state)
         known = np.array([one.position for one in rows])
         report = graphs.launch(columns.of(np.arange(count)), known, 4 if count <= 4 else 16).read()
-        found = sampler.results(logits_BV[:count], logits_BV[:count], rows, as_decided(report))
-        assert found == sampler.sample(logits_BV[:count].clone(), rows)
+        found = sampler.results(logits_PV[:count], logits_PV[:count], rows, as_decided(report))
+        assert found == sampler.sample(logits_PV[:count].clone(), rows)
         assert report[2].all()
 
 
 def test_a_row_that_few_candidates_do_not_decide_is_drawn_from_all_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 5)
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MORE_CANDIDATES", 0)
-    logits_BV, sampler = make_logits(8, VOCAB_SIZE, seed=3, ties=True), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
+    logits_PV, sampler = make_logits(8, VOCAB_SIZE, seed=3, ties=True), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
     for params in ([SamplingParams(top_k=64), SamplingParams(top_k=3)], FILTERS):
-        graphs, columns = SamplerGraphs(logits_BV, (8,), RecordedGraphs()), SamplingColumns()
+        graphs, columns = SamplerGraphs(logits_PV, (8,), RecordedGraphs()), SamplingColumns()
         graphs.capture()
         rows = [row(params[at % len(params)], vocab_size=VOCAB_SIZE, position=at) for at in range(8)]
         for at, one in enumerate(rows):
             columns.put(at, one.state)
         report = graphs.launch(columns.of(np.arange(8)), np.arange(8), 8).read()
-        assert sampler.results(logits_BV, logits_BV, rows, as_decided(report)) == sampler.sample(logits_BV.clone(), rows)
+        assert sampler.results(logits_PV, logits_PV, rows, as_decided(report)) == sampler.sample(logits_PV.clone(), rows)
 
 
 RULES = [
@@ -94,9 +94,9 @@ RULES = [
 def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> None:
     """Steps of changing sequences: some end and others take their entries, some steps are computed twice, some rows have masks."""
     draw, generator = random.Random(5), np.random.default_rng(5)
-    logits_BV, numbers = torch.zeros(8, VOCAB_SIZE), torch.zeros(2, 8, dtype=torch.int64)
+    logits_PV, numbers = torch.zeros(8, VOCAB_SIZE), torch.zeros(2, 8, dtype=torch.int64)
     table, sampler = EditTable(num_entries=6, vocab_size=VOCAB_SIZE, device=CPU), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
-    graphs = SamplerGraphs(logits_BV, (8,), RecordedGraphs(), table=table, tokens_B=numbers[0], positions_B=numbers[1])
+    graphs = SamplerGraphs(logits_PV, (8,), RecordedGraphs(), table=table, tokens_P=numbers[0], positions_P=numbers[1])
     graphs.capture()
     running: list[tuple[SamplingState, SamplingState, list[int]]] = []
     num_edited = num_entered = 0
@@ -110,7 +110,7 @@ def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> 
         ours, theirs = (SamplingState(opening, vocab_size=VOCAB_SIZE) for _ in range(2))
         table.open(ours)
         running.append((ours, theirs, prompt + output))
-        logits_BV[:] = make_logits(8, VOCAB_SIZE, seed=step, ties=step % 2 > 0)
+        logits_PV[:] = make_logits(8, VOCAB_SIZE, seed=step, ties=step % 2 > 0)
         words = {
             at: generator.integers(-(2**31), 2**31, -(-VOCAB_SIZE // 32), np.int32) for at in range(len(running)) if draw.random() < 0.2
         }
@@ -125,8 +125,8 @@ def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> 
         known = np.array([len(tokens) for *_, tokens in running])
         for _ in range(draw.choice([1, 2])):
             report = graphs.launch(of_step, known, 8, words).read()
-        found = sampler.results(logits_BV, logits_BV, rows, as_decided(report))
-        assert found == sampler.sample(logits_BV[: len(running)].clone(), rows)
+        found = sampler.results(logits_PV, logits_PV, rows, as_decided(report))
+        assert found == sampler.sample(logits_PV[: len(running)].clone(), rows)
         assert not are_edited_by_host(of_step, known)
         num_edited += are_edited(of_step, known)
         num_entered += int((of_step[ENTRY] != NO_ENTRY).sum())
@@ -152,10 +152,10 @@ def test_sequences_without_an_entry_are_edited_by_the_host() -> None:
 
 
 def test_a_row_without_finite_logits_is_reported() -> None:
-    logits_BV = make_logits(2, VOCAB_SIZE, seed=1)
-    graphs = SamplerGraphs(logits_BV, (2,), RecordedGraphs())
+    logits_PV = make_logits(2, VOCAB_SIZE, seed=1)
+    graphs = SamplerGraphs(logits_PV, (2,), RecordedGraphs())
     graphs.capture()
-    logits_BV[1, 7] = torch.nan
+    logits_PV[1, 7] = torch.nan
     columns = SamplingColumns()
     for at, params in enumerate((FILTERS[0], FILTERS[5])):
         columns.put(at, row(params, vocab_size=VOCAB_SIZE).state)
@@ -163,7 +163,7 @@ def test_a_row_without_finite_logits_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "kind", "needs"),
+    ("params", "mode", "needs"),
     [
         (SamplingParams(temperature=0.0), GREEDY, 0),
         (SamplingParams(top_k=64), FEW, 0),
@@ -177,11 +177,11 @@ def test_a_row_without_finite_logits_is_reported() -> None:
     ],
     ids=repr,
 )
-def test_the_kind_and_needs_of_a_row(params: SamplingParams, kind: int, needs: int) -> None:
+def test_the_draw_mode_and_needs_of_a_row(params: SamplingParams, mode: int, needs: int) -> None:
     columns = SamplingColumns()
     columns.put(40, row(params, vocab_size=VOCAB_SIZE).state)
     found = columns.of(np.array([40]))
-    assert (found[KIND].item(), found[NEEDS].item()) == (kind, needs)
+    assert (found[DRAW_MODE].item(), found[NEEDS].item()) == (mode, needs)
     assert are_edited(found, np.array([1])) == bool(needs & (EDITS | GRAMMAR))
     assert are_edited_by_host(found, np.array([1])) == bool(needs & EDITS), "it has no entry"
 

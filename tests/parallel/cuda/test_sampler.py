@@ -102,24 +102,24 @@ def test_logits_edited_on_the_host_have_the_layout_of_those_edited_on_the_device
 
 def test_a_replay_samples_like_the_sampler_after_any_previous_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, generator = random.Random(2), torch.Generator().manual_seed(2)
-    logits_BV, told = torch.zeros(4, VOCAB_SIZE, device=device), torch.zeros(2, 4, dtype=torch.int64, device=device)
+    logits_PV, told = torch.zeros(4, VOCAB_SIZE, device=device), torch.zeros(2, 4, dtype=torch.int64, device=device)
     table, sampler = EditTable(num_entries=4, vocab_size=VOCAB_SIZE, device=device), Sampler(vocab_size=VOCAB_SIZE, device=device)
     with by_kernels(device, monkeypatch):
         recorded = CudaGraphRecorder(device) if device.type == "cuda" else RecordedGraphs()
-        graphs = SamplerGraphs(logits_BV, (4,), recorded, table=table, tokens_B=told[0], positions_B=told[1])
+        graphs = SamplerGraphs(logits_PV, (4,), recorded, table=table, tokens_P=told[0], positions_P=told[1])
         graphs.capture()
         of_steps = [[PARAMS[at] for at in some] for some in ((2, 5, 3), (0, 0), (1, 0), (4, 3, 6, 1), (0,))]
         for params in of_steps:
             states, rows = opened(params, draw, table)
-            logits_BV.copy_(torch.randn(4, VOCAB_SIZE, generator=generator) * 3)
+            logits_PV.copy_(torch.randn(4, VOCAB_SIZE, generator=generator) * 3)
             told[1] = 0  # counted already
             columns = SamplingColumns()
             for at, state in enumerate(states):
                 columns.put(at, state)
             report = graphs.launch(columns.of(np.arange(len(rows))), np.full(len(rows), 30), 4).read()
-            answers = sampler.results(logits_BV, logits_BV, rows, as_decided(report))
+            answers = sampler.results(logits_PV, logits_PV, rows, as_decided(report))
             with monkeypatch.context() as plain:
                 plain.setattr("engine.run.sampling.sampler.sampling_kernels_for", lambda _logits: None)
-                assert answers == sampler.sample(logits_BV[: len(rows)].clone(), rows)
+                assert answers == sampler.sample(logits_PV[: len(rows)].clone(), rows)
             for state in states:
                 table.close(state)

@@ -10,7 +10,7 @@ from engine.request import SamplingParams
 from engine.run.noise import seed_bits, uniform
 from engine.run.sampling.columns import FEW, FILTERED, GREEDY, UNFILTERED
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_unfiltered, total_weight
-from engine.run.sampling.groups import FEW_TOP_K, kind_of, top_k_of
+from engine.run.sampling.groups import FEW_TOP_K, draw_mode_of, top_k_of
 from engine.run.sampling.top_k import highest
 from tests.parallel.cuda.aligned import aligned
 
@@ -65,13 +65,13 @@ LOGITS = ("random", "ties", "one", "two", "few", "zeros", "peak", "head")
 def wanted_of(row: Tensor, sampling: SamplingParams, numbers: tuple[int, int, int]) -> int:
     """By sorting the whole row."""
     row, width = row.unsqueeze(0), len(row)
-    kind = kind_of(sampling, width)
-    if kind == "greedy":
+    mode = draw_mode_of(sampling, width)
+    if mode == "greedy":
         return int(highest(row)[1])
     uniform_1 = uniform(*(torch.tensor([number]) for number in numbers))
     one = [torch.tensor([number], dtype=torch.float64) for number in (sampling.temperature, sampling.top_p, sampling.min_p)]
     params = DrawParams(one[0], torch.tensor([top_k_of(sampling, width)]), one[1], one[2], uniform_1)
-    if kind == "unfiltered":
+    if mode == "unfiltered":
         return int(draw_unfiltered(row, params)[0])
     return int(draw_filtered(row, params, width, total_weight(row, params))[0])
 
@@ -79,7 +79,7 @@ def wanted_of(row: Tensor, sampling: SamplingParams, numbers: tuple[int, int, in
 def column_of(sampling: SamplingParams, width: int) -> int:
     kinds = {"greedy": GREEDY, "unfiltered": UNFILTERED, "open": FILTERED}
     kinds["bounded"] = FEW if 0 < sampling.top_k <= FEW_TOP_K else FILTERED
-    return kinds[kind_of(sampling, width)]
+    return kinds[draw_mode_of(sampling, width)]
 
 
 def drawn(
@@ -93,11 +93,11 @@ def drawn(
     report_3R = torch.full((3, len(sampling)), 77, device=device)
     floats = torch.tensor([(one.temperature, one.top_p, one.min_p) for one in sampling], dtype=torch.float64).T.contiguous()
     whole = torch.tensor([(*some, kind, top_k) for some, kind, top_k in zip(numbers, kinds, top_ks, strict=True)]).T.contiguous()
-    names = ("seed_R", "choice_R", "position_R", "kind_R", "top_k_R")
+    names = ("seed_R", "choice_R", "position_R", "mode_R", "top_k_R")
     given = dict(zip(names, whole.to(device), strict=True)) | dict(
         zip(("temperature_R", "top_p_R", "min_p_R"), floats.to(device), strict=True)
     )
-    draw(logits_RV, report_3R, most=most, raw_highest_RN=raw, **given)
+    draw(logits_RV, report_3R, hardest_mode=most, raw_highest_RN=raw, **given)
     return report_3R.cpu()
 
 
