@@ -74,7 +74,7 @@ def log_probs(folder: Path, config: RunnerConfig, texts: Sequence[Tensor]) -> It
             block_tokens=BLOCK_TOKENS,
             format=formats.matrices,
             table_format=formats.table,
-            rounds_kv=formats.rounds_activations,
+            kv_may_be_bfloat16=formats.rounds_activations,
         )
     blocks = torch.arange(-(-max(map(len, texts)) // BLOCK_TOKENS), dtype=torch.int32)
     cache = KvCache(model.kv_layout, len(blocks), CPU)

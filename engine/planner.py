@@ -1,6 +1,6 @@
 """Place 7 of a request: decides which tokens the next step computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,16 +22,12 @@ from engine.shard_budget import ShardBudget, make_shard_budget, num_decoding
 MayRun = Callable[[Sequence], bool]
 
 
-def any_sequence(_sequence: Sequence) -> bool:
-    return True
-
-
 @dataclass
 class PlanBuilder:
     """The parts of a plan that is being made."""
 
-    may_run: MayRun
-    """Which sequences may be in it."""
+    may_run: MayRun | None = None
+    """Which sequences may be in it; None: all."""
     run_ahead: bool = False
     """Whether cohort members with an unanswered step may be planned."""
     cohort_rows: list[tuple[Shard, PlannedRows]] = field(default_factory=list)
@@ -39,7 +35,14 @@ class PlanBuilder:
     """Sequences outside cohorts."""
     opened: list[NewSequence] = field(default_factory=list)
 
-    def decodes(self) -> Decodes:
+    def allows(self, sequence: Sequence) -> bool:
+        return self.may_run is None or self.may_run(sequence)
+
+    def build(self, step: int, closed: Iterable[int]) -> StepPlan:
+        """The plan of step number ``step``. ``closed``: numbers of the sequences that the ranks are to forget."""
+        return StepPlan(step, tuple(self.works), tuple(self.opened), tuple(closed), decodes=self._decodes())
+
+    def _decodes(self) -> Decodes:
         columns = [planned.columns for _, planned in self.cohort_rows]
         if not columns:
             return NO_DECODES
@@ -77,13 +80,13 @@ class Planner:
         """No step in flight will be answered."""
         self._cohort_rows.clear()
 
-    def plan(self, may_run: MayRun = any_sequence, *, only_ahead: bool = False) -> StepPlan | None:
-        """Plan the next step with the sequences that may run; None if none of them can.
+    def plan(self, may_run: MayRun | None = None, *, only_ahead: bool = False) -> StepPlan | None:
+        """Plan the next step with the sequences that may run (None: all). The result is None if none of them can.
 
-        With ``only_ahead``, also None unless all decoding sequences can be in this step although the one before is unanswered: a sequence
-        left out would miss this step, which starts before it could join.
+        ``only_ahead``: plan only if every decoding sequence can take part, although the previous step is unanswered. (One left out would
+        lose a step: it could join only after this step has started.)
         """
-        if may_run is any_sequence and (plan := self._plan_cohorts_only()) is not None:
+        if may_run is None and (plan := self._plan_cohorts_only()) is not None:
             return plan
         builder = PlanBuilder(may_run, run_ahead=self._can_run_ahead())
         if only_ahead and not builder.run_ahead:
@@ -104,18 +107,15 @@ class Planner:
         return self._build(builder)
 
     def _build(self, builder: PlanBuilder) -> StepPlan:
-        plan = StepPlan(
-            self.next_step_number(), tuple(builder.works), tuple(builder.opened), tuple(self._table.closed), decodes=builder.decodes()
-        )
+        plan = builder.build(self.next_step_number(), self._table.closed)
         if builder.cohort_rows:
             self._cohort_rows[plan.step] = builder.cohort_rows
         self._table.closed.clear()
         return plan
 
     def _plan_cohorts_only(self) -> StepPlan | None:
-        """The fast path of `plan`, in a third of the time: nothing waits, all open sequences are in cohorts, and all of them can go on.
-
-        None if that is not so.
+        """Fast path of `plan`, three times as fast. Applies if nothing waits, all open sequences are in cohorts, and each has room for its
+        next token. None if it does not apply.
         """
         table, config = self._table, self._config
         if table.waiting.sequences or table.capacity.num_stages > 1 or self._speculator is not None:
@@ -127,7 +127,7 @@ class Planner:
             ready = shard.cohort.ready(ahead)
             if len(ready) < len(shard.cohort) or len(ready.needs_block) > shard.pool.num_available:
                 return None
-        builder = PlanBuilder(any_sequence)
+        builder = PlanBuilder()
         for shard in table.shards:
             if len(shard.cohort):
                 self._plan_cohort(shard, ahead, builder)
@@ -166,7 +166,7 @@ class Planner:
     def _plan_decodes(self, budget: ShardBudget, builder: PlanBuilder) -> None:
         cohort_is_done = self._try_plan_cohort(budget, builder)
         candidates = budget.shard.individual if cohort_is_done else budget.shard.open
-        runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and builder.may_run(s)]
+        runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and builder.allows(s)]
         for sequence in sorted(runnable, key=self._policy.sort_key):
             if budget.tokens == 0 or budget.max_decodes == 0:
                 return
@@ -178,7 +178,7 @@ class Planner:
 
     def _try_plan_cohort(self, budget: ShardBudget, builder: PlanBuilder) -> bool:
         """Plan the shard's whole cohort, if there is room for every decoding sequence of the shard: their order then does not matter."""
-        if builder.may_run is not any_sequence:
+        if builder.may_run is not None:
             return False
         shard, num_others = budget.shard, _num_decoding_outside_cohort(budget.shard)
         ahead = builder.run_ahead and self._cohort_can_run_ahead(budget)
@@ -227,7 +227,7 @@ class Planner:
             (sequence, budget)
             for budget in budgets
             for sequence in budget.shard.individual.values()
-            if sequence.num_pending > 1 and not sequence.ended and builder.may_run(sequence)
+            if sequence.num_pending > 1 and not sequence.ended and builder.allows(sequence)
         ]
         started.sort(key=lambda one: self._policy.sort_key(one[0]), reverse=True)
 
@@ -239,7 +239,7 @@ class Planner:
 
         admitting = [budget for budget in budgets if not budget.has_preempted]
         waiting, capacity = self._table.waiting, self._table.capacity
-        for sequence, candidate in waiting.admit(admitting, capacity, builder.may_run, self._running_limit, continue_before):
+        for sequence, candidate in waiting.admit(admitting, capacity, builder.allows, self._running_limit, continue_before):
             self._table.open(sequence, candidate)
             builder.opened.append(sequence.new_sequence())
             self._plan_work(sequence, candidate.budget, builder)

@@ -1,4 +1,4 @@
-"""The norm and the dense MLP of a decoder layer. T tokens, D model width, I width of the MLP (this rank's part)."""
+"""The norm and the dense MLP of a decoder layer. T tokens, D model width, I inner width of the MLP (this rank's part), X = 2 I."""
 
 from collections.abc import Iterator
 
@@ -73,6 +73,7 @@ class Mlp(nn.Module):
         self.down = Linear(in_share=inner, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=dtype, reduce=tp)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D), summed over the ranks of ``tp``."""
         format = self.up.format
         fused_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
         result: Tensor = self.down(swiglu(self.up(x_TD))) if fused_TD is None else self.down.summed(fused_TD)

@@ -91,14 +91,14 @@ def load_model(
     format: WeightFormat | None = None,
     table_format: WeightFormat | None = None,
     kv_dtype: torch.dtype | None = None,
-    rounds_kv: bool = False,
+    kv_may_be_bfloat16: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     """This rank's part of the model, ready to compute.
 
     ``format`` holds the large matrices of the layers, ``table_format`` embedding and head (None: not quantised, in ``dtype``).
-    ``kv_dtype``, ``rounds_kv``: see `Qwen2`. ``adapter`` is merged into the weights as they are read, before they are converted to their
-    format. ``redundant_experts``: how many routed experts of a layer each ep position holds beyond its even share.
+    ``kv_dtype``, ``kv_may_be_bfloat16``: see `Qwen2`. ``adapter`` is merged into the weights as they are read, before they are converted to
+    their format. ``redundant_experts``: how many routed experts of a layer each ep position holds beyond its even share.
 
     Raises:
         CheckpointMismatch: found from names and shapes alone, on every rank, before anything is allocated.
@@ -120,7 +120,7 @@ def load_model(
         format=format,
         table_format=table_format,
         kv_dtype=kv_dtype,
-        rounds_kv=rounds_kv,
+        kv_may_be_bfloat16=kv_may_be_bfloat16,
     )
     bindings = list(model.bindings())
     tensors = _tensors(checkpoint, config, adapter, {binding.name for binding in bindings})
@@ -149,7 +149,7 @@ def _make(
     format: WeightFormat | None,
     table_format: WeightFormat | None = None,
     kv_dtype: torch.dtype | None = None,
-    rounds_kv: bool = False,
+    kv_may_be_bfloat16: bool = False,
 ) -> Qwen2:
     """One rank's layers, unallocated."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
@@ -165,7 +165,7 @@ def _make(
         redundant_experts=redundant_experts,
         block_tokens=block_tokens,
         kv_dtype=kv_dtype,
-        rounds_kv=rounds_kv,
+        kv_may_be_bfloat16=kv_may_be_bfloat16,
     )
 
 

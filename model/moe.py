@@ -19,20 +19,20 @@ from parallel.packed_format import PackedFormat
 from parallel.weight_format import Dense, WeightFormat
 
 
-class Router(nn.Module):
+class ExpertRouter(nn.Module):
     """Chooses each token's experts and their weights. Replicated on every rank and never quantised."""
 
     def __init__(self, config: MoeConfig, hidden_size: int, dtype: torch.dtype, format: WeightFormat) -> None:
         super().__init__()
         self.experts_per_token, self.renormalise = config.experts_per_token, config.renormalise
-        self.logits = _replicated(hidden_size, config.num_experts, dtype, format)
+        self.projection = _replicated(hidden_size, config.num_experts, dtype, format)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids (T, A), int64, and weights (T, A) in the model's dtype.
 
         The softmax is over all experts. With `norm_topk_prob` false, as in Qwen2's releases, a token's weights sum to less than one.
         """
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.projection(x_TD)
         if (kernels := routing_kernels_for(logits_TE)) is not None:
             return kernels.choose(logits_TE, self.experts_per_token, renormalise=self.renormalise)
         probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
@@ -58,10 +58,10 @@ class SparseMlp(nn.Module):
     ) -> None:
         """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy experts have a second copy."""
         super().__init__()
-        self.is_whole = groups.stage.size == 1
+        self.is_single_rank = groups.stage.size == 1
         """Whether this rank holds all of it and no other rank sends tokens to it."""
         placement = _first_placement(config.num_experts, groups.ep.size, redundant_experts)
-        self.router = Router(config, hidden_size, dtype, format)
+        self.router = ExpertRouter(config, hidden_size, dtype, format)
         self.experts = RoutedExperts(
             num_experts=config.num_experts,
             hidden_size=hidden_size,
@@ -75,6 +75,7 @@ class SparseMlp(nn.Module):
         self.shared_gate = _replicated(hidden_size, 1, dtype, format)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D), complete on every rank."""
         expert_ids_TA, weights_TA = self.router(x_TD)
         routed_TD: Tensor = self.experts(x_TD, expert_ids_TA, weights_TA)
         gates_T1: Tensor = self.shared_gate(x_TD)

@@ -130,8 +130,8 @@ def native_layer(
 def _mlp_sublayer(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpSublayer | MoeSublayer | None:
     assert norm.weight is not None
     if isinstance(mlp, SparseMlp):
-        router, gate, shared = _product(library, mlp.router.logits), _product(library, mlp.shared_gate), _gated(library, mlp.shared)
-        experts = mlp.experts.native_experts() if mlp.is_whole else None
+        router, gate, shared = _product(library, mlp.router.projection), _product(library, mlp.shared_gate), _gated(library, mlp.shared)
+        experts = mlp.experts.native_experts() if mlp.is_single_rank else None
         if router is None or gate is None or shared is None or experts is None:
             return None
         return MoeSublayer(

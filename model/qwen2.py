@@ -1,7 +1,8 @@
-"""The Qwen2 decoder (arXiv 2407.10671): one rank's part of it. Place 10 of a request. Read this file from the bottom up.
+"""The Qwen2 decoder (arXiv 2407.10671): one rank's part of it. Place 10 of a request. Start with `Qwen2.forward`.
 
-T tokens in the batch, R rows whose logits are needed, D model width, H query heads, G KV heads, K head width, V vocabulary. The letters
-name logical dims: where a layer is split, this rank computes only its own heads or features.
+T tokens in the batch, R rows whose logits are needed, D model width, H query heads, G KV heads, K head width, V vocabulary, N blocks,
+B tokens per block, X = H + 2 G heads of query, key and value together. The letters name logical dims: where a layer is split, this
+rank computes only its own heads or features.
 """
 
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
+        """(T, D), summed over the ranks of ``tp``. Writes the batch's keys and values to ``cache``."""
         heads_TXK = self.qkv(x_TD).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         keys_NBGK, values_NBGK = cache.keys_NBGK[self.index_in_stage], cache.values_NBGK[self.index_in_stage]
         out_THK = self.backend.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
@@ -160,11 +162,13 @@ class Qwen2(nn.Module):
         redundant_experts: int = 0,
         block_tokens: int,
         kv_dtype: torch.dtype | None = None,
-        rounds_kv: bool = False,
+        kv_may_be_bfloat16: bool = False,
     ) -> None:
         """``format`` holds the large matrices of the layers, ``table_format`` the embedding and the head (None: not quantised).
 
-        ``kv_dtype`` is the dtype of the KV cache (None: ``dtype``, or bfloat16 with ``rounds_kv`` if the attention backend supports it).
+        ``kv_dtype`` is the dtype of the KV cache. None: ``dtype``, or bfloat16 with ``kv_may_be_bfloat16`` if the attention backend
+        supports it. ``block_tokens``: tokens per block of that cache. ``backend`` computes attention, ``dispatch`` sends tokens to their
+        experts. ``redundant_experts``: see `model.moe.SparseMlp`.
 
         Raises:
             ValueError: the attention backend does not support this ``kv_dtype``, or does not run on this device.
@@ -188,7 +192,7 @@ class Qwen2(nn.Module):
         self.backend = choose_backend(device, self.attention_config, backend, dtype)
         if kv_dtype not in (None, dtype, *self.backend.kv_dtypes):
             raise ValueError(f"attention on {device} does not support a KV cache in {kv_dtype}; it computes in {dtype}")
-        rounded = torch.bfloat16 if rounds_kv and torch.bfloat16 in self.backend.kv_dtypes else dtype
+        rounded = torch.bfloat16 if kv_may_be_bfloat16 and torch.bfloat16 in self.backend.kv_dtypes else dtype
         self.kv_layout = KvLayout(
             num_layers=len(self.layer_indices),
             num_kv_heads=len(heads.kv),
@@ -226,9 +230,9 @@ class Qwen2(nn.Module):
         if isinstance(self.backend, NativeAttention) and (native_layers := self.native_layers(cache)) is not None:
             x_TD, delta_TD = native_layers(x_TD.contiguous(), self.backend.step_inputs(rotation, batch), kept_R)
         else:
-            delta_TD = None
-            for layer, kept in zip(self.layers, [None] * (len(self.layers) - 1) + [kept_R], strict=True):
-                x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache, kept)
+            delta_TD, last = None, self.layers[-1]
+            for layer in self.layers:
+                x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache, kept_R if layer is last else None)
         x_TD = x_TD if delta_TD is None else x_TD + delta_TD
         if self.is_last:
             return x_TD
@@ -244,15 +248,16 @@ class Qwen2(nn.Module):
     def logits(self, hidden_RD: Tensor, top_logits: TopLogits | None = None) -> Tensor:
         """Logits (R, V) of some of the rows that `hidden` returned. All ranks of the last stage must call this with the same rows.
 
-        With ``top_logits`` only the logits that decide each row need to be exact; all others may be lower than they are.
+        With ``top_logits`` only the logits that decide each row need to be exact; the others may be returned too low.
         """
         assert self.head is not None
         logits_RV: Tensor = self.head(self.normalise(hidden_RD), top_logits)
         return logits_RV
 
-    def uses_top_logits(self) -> bool:
-        """Whether `logits` can save work if it is told which logits decide each row. Ask once before each call of `logits`."""
-        return self.head is not None and self.head.screened is not None and self.head.screened.is_active()
+    def begin_top_logits(self) -> bool:
+        """Whether the next call of `logits` can save work if it is told which logits decide each row. Call it once before each `logits`:
+        it counts the steps of a pause."""
+        return self.head is not None and self.head.screened is not None and self.head.screened.begin_step()
 
     def native_layers(self, cache: KvCache) -> NativeLayers | None:
         """All layers of this stage as fused CPU kernels, or None if some layer cannot be computed that way.

@@ -7,7 +7,7 @@ from model.qwen2 import ATTENTION_NAMES, Qwen2
 from model.weight_names import WeightNames
 
 SPARSE_MLP_NAMES: WeightNames = {
-    "mlp.gate": ("mlp.router.logits", "all"),
+    "mlp.gate": ("mlp.router.projection", "all"),
     "mlp.shared_expert.gate_proj": ("mlp.shared.up", "gate"),
     "mlp.shared_expert.up_proj": ("mlp.shared.up", "up"),
     "mlp.shared_expert.down_proj": ("mlp.shared.down", "down"),

@@ -112,6 +112,7 @@ class Linear(nn.Module):
             self.tensors["bias"] = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out). With ``reduce`` the ranks' partial results are summed."""
         bias = self.tensors.get("bias")
         if self.reduce is None:
             return self.format.multiply(x, self.tensors, bias)

@@ -12,14 +12,14 @@ MAX_PAUSE = 64
 
 
 class ScreenedHead:
-    """An 8-bit copy beside a head in bfloat16. The results are exact. If screening does not pay off it pauses, with exponential backoff."""
+    """An 8-bit copy of a head in bfloat16. The results are exact. If screening does not pay off it pauses, with exponential backoff."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._pause = self._left = 0
 
-    def is_active(self) -> bool:
-        """Whether to screen in this step. Call once per step."""
+    def begin_step(self) -> bool:
+        """Whether to screen in this step. Counts the steps of a pause: call it once per step."""
         if self._left:
             self._left -= 1
             return False

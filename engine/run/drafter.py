@@ -72,7 +72,7 @@ class Drafter:
             self._row(drafting[work.sequence], sampled_tokens[work.sequence], drafts[work.sequence], states)
             for work in built.sampling_works
         ]
-        wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.uses_top_logits() else None
+        wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.begin_top_logits() else None
         logits_RV = self.model.logits(built.sampled_rows(hidden_RD, built.kept_rows), wanted)
         results = self._sampler.sample(self._padded(logits_RV), rows)
         next_works = []

@@ -76,7 +76,8 @@ class EagerSteps:
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         assert hidden_TD is not None  # sampling ranks are in the last stage
         prompt_logprobs = self._scorer.score(hidden_TD, built, sequences.states)
-        logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
+        top_logits = self._needed_top_logits(built) if model.begin_top_logits() else None
+        logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), top_logits)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.trace(11, built.sampling_works)

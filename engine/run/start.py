@@ -327,7 +327,7 @@ def _load(
         format=formats.matrices,
         table_format=formats.table,
         kv_dtype=None if config.kv_dtype == "auto" else FP8,
-        rounds_kv=formats.rounds_activations,
+        kv_may_be_bfloat16=formats.rounds_activations,
         on_progress=report_bytes,
     )
     log.info(
@@ -358,7 +358,7 @@ def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_co
             format=formats.matrices,
             table_format=formats.table,
             kv_dtype=None if config.kv_dtype == "auto" else FP8,
-            rounds_kv=formats.rounds_activations,
+            kv_may_be_bfloat16=formats.rounds_activations,
         )
     log.info("the draft model of %d layers was read in %.1f s", draft_model.config.num_layers, report.seconds)
     return draft_model

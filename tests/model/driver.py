@@ -57,7 +57,7 @@ class Driver:
         num_blocks: int = 256,
         format: WeightFormat | None = None,
         table_format: WeightFormat | None = None,
-        rounds_kv: bool = False,
+        kv_may_be_bfloat16: bool = False,
         adapter: Path | None = None,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
@@ -74,7 +74,7 @@ class Driver:
                 redundant_experts=redundant_experts,
                 format=format,
                 table_format=table_format,
-                rounds_kv=rounds_kv,
+                kv_may_be_bfloat16=kv_may_be_bfloat16,
                 adapter=opened,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)

@@ -32,7 +32,7 @@ def test_fused_layers_give_the_bits_of_separate_kernels(
 ) -> None:
     if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
-    driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format, kv_may_be_bfloat16=format.rounds_rows)
     prompts = seeded_prompts(driver.model.config.vocab_size, [70, 33, 5, 1])
     fused = driver.mixed(prompts, 20)  # prompts of one token and of many, decodes, and both in one step
     layers = driver.model.native_layers(driver.cache)
@@ -50,7 +50,7 @@ def test_fused_layers_give_the_bits_of_separate_kernels(
 
 
 def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], format: PackedFormat, fused: bool) -> list[Tensor]:
-    driver = Driver(folder, groups, format=format, rounds_kv=format.rounds_rows)
+    driver = Driver(folder, groups, format=format, kv_may_be_bfloat16=format.rounds_rows)
     layers = driver.model.native_layers(driver.cache)
     assert layers is not None
     assert (layers.fused is not None) == fused, "sums over ranks are within the call exactly where they go through memory"

@@ -49,7 +49,7 @@ def test_logits_are_the_same_bits_however_a_sequence_was_computed(
 ) -> None:
     if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
-    driver = Driver(write(tmp_path), single_rank_groups(), format=format, table_format=format, rounds_kv=format.rounds_rows)
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format, table_format=format, kv_may_be_bfloat16=format.rounds_rows)
     tokens, company = seeded_prompts(driver.model.config.vocab_size, [150, 90])
     undisturbed = decoded(driver, tokens, 10)
     assert torch.equal(decoded(driver, tokens, 77), undisturbed), "gone on elsewhere after 67 tokens"
@@ -67,7 +67,7 @@ def test_hidden_states_of_kept_tokens_are_those_of_all(
 ) -> None:
     if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
-    driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format, kv_may_be_bfloat16=format.rounds_rows)
     if not at_once:
         monkeypatch.setattr(driver.model, "native_layers", lambda _cache: None)
     batch = build_batch([(driver.start(prompt), len(prompt)) for prompt in seeded_prompts(driver.model.config.vocab_size, [1, 40, 33])])

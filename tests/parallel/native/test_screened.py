@@ -161,7 +161,7 @@ def test_a_head_that_does_not_gain_backs_off(library: Native, monkeypatch: pytes
     monkeypatch.setattr(Screen, "multiply", lambda *_: given)
 
     def steps(count: int) -> list[Tensor | None]:
-        return [head.multiply(x, wanted) for _ in range(count) if head.is_active()]
+        return [head.multiply(x, wanted) for _ in range(count) if head.begin_step()]
 
     assert len(steps(200)) == 9  # after 1, 2, 4, ... 64, 64 others
     given = x
