@@ -76,7 +76,7 @@ class Engine:
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._inbox = Inbox(max_waiting=config.max_waiting, policy=self._policy)
-        self._num_taken = 0
+        self._num_arrivals_taken = 0
         """Requests taken from the inbox."""
         self._recovery: Future[Executor] | None = None
         """The new workers, while they start."""
@@ -228,7 +228,7 @@ class Engine:
 
     def _admit(self, request: Request) -> None:
         trace_place(6, request.id)
-        self._num_taken += 1
+        self._num_arrivals_taken += 1
         try:
             final_events = self.scheduler.add(request)
             self._output.events += final_events
@@ -330,7 +330,7 @@ class Engine:
             step_token_s=step_token_s,
             step_s=self._step_s,
         )
-        self._stats = (make_stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither
+        self._stats = (make_stats, self._num_arrivals_taken)  # one assignment: a reader in another thread sees both or neither
 
 
 def rejection(request: Request, error: EngineError) -> TokenEvent:

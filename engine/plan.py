@@ -29,7 +29,7 @@ class NewSequence:
 
 
 class Work(NamedTuple):
-    """One sequence's share in a step: compute its tokens [start, start + len(tokens)).
+    """The part of one sequence that a step computes: its tokens [start, start + len(tokens)).
 
     A NamedTuple because a step may have hundreds, and a frozen dataclass takes four times as long to make.
     """
@@ -123,7 +123,7 @@ class StepPlan:
 
     step: int
     other_works: tuple[Work, ...]
-    """The works that are not in `decodes`, which come first: prompts, and decodes with anything special about them."""
+    """The works that are not in `decodes`: prompts, and decodes with anything special about them. In `works` they come after `decodes`."""
     opened: tuple[NewSequence, ...] = ()
     closed: tuple[int, ...] = ()
     """Sequences whose block tables the ranks forget. Unknown numbers are ignored, because workers may have been replaced."""

@@ -1,4 +1,4 @@
-"""Places 7 and 12 of a request: decides which tokens the next step computes, and records what it yielded."""
+"""Places 7 and 12 of a request: owns all sequences, has the planner plan steps, and records what they yielded."""
 
 from array import array
 
@@ -85,7 +85,7 @@ class Scheduler:
             raise DuplicateRequest(request.id)
         if not request.prompt:
             raise EmptyPrompt
-        # a retry is not refused: the request was accepted once
+        # a later attempt is not refused: the request was accepted before
         if not (request.attempt or self._policy.may_queue(request, self._table.waiting.sequences, self._config.max_waiting)):
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)
@@ -233,6 +233,7 @@ class Scheduler:
         """Append the sampled tokens, up to the one that ends the answer. All but the last were draft tokens and are computed already."""
         trace_place(12, sequence.request.id)
         taken, stop_token = 0, None
+        # max_tokens 0: only the prompt's log-probabilities were wanted
         reason: FinishReason | None = None if sequence.request.sampling.max_tokens else "length"
         sequence.isolation_tokens_left = max(0, sequence.isolation_tokens_left - 1)
         while reason is None and taken < len(answer.tokens):
@@ -259,7 +260,8 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
         """Why the answer is complete with its last token, or None; and the stop token, if that is the reason."""
         sampling = sequence.request.sampling
-        may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None  # a complete text ends, however short
+        # The stop id itself does not count as output. A text that its grammar completes ends, however short.
+        may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None
         if may_stop and sequence.tokens[-1] in sampling.stop_token_ids:
             return "stop", sequence.tokens[-1]
         if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._table.capacity.max_context_tokens:

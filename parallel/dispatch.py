@@ -1,6 +1,7 @@
 """Token dispatch for expert parallelism: how tokens reach the ranks that hold their experts, and how results return. Holds no weights.
 
-T tokens of this rank's sequences, S of them in its slice, N received rows, A experts per token, D model width.
+T tokens of this rank's sequences, S of them in its slice, R ranks that receive rows, N rows sent or received, A experts per token,
+D model width.
 """
 
 import hashlib
@@ -129,7 +130,7 @@ class AllToAllDispatch:
         wanted_RS.scatter_(0, holder_SA.T, True)
         rank_N, row_N = wanted_RS.nonzero(as_tuple=True)  # by receiver, then by token
         there_NA = holder_SA[row_N] == rank_N.unsqueeze(1)
-        send_sizes, receive_sizes = _trade_counts(wanted_RS.sum(dim=1), ep)
+        send_sizes, receive_sizes = _exchange_counts(wanted_RS.sum(dim=1), ep)
 
         routing = _pack(expert_ids_SA[row_N].where(there_NA, ELSEWHERE), weights_SA[row_N])
         arrived_x = all_to_all(x_SD[row_N], send_sizes, receive_sizes, ep)
@@ -178,7 +179,7 @@ def _gather_routing(expert_ids: Tensor, weights: Tensor, group: Group, counts: l
     return _unpack(all_gather(_pack(expert_ids, weights), group, dim=0, sizes=counts), weights.dtype)
 
 
-def _trade_counts(counts_R: Tensor, group: Group) -> tuple[list[int], list[int]]:
+def _exchange_counts(counts_R: Tensor, group: Group) -> tuple[list[int], list[int]]:
     """The numbers of rows that this rank sends to each member and receives from each."""
     ones = [1] * group.size
     send, receive = torch.stack((counts_R, all_to_all(counts_R, ones, ones, group))).tolist()

@@ -1,4 +1,6 @@
-"""Routed experts of an MoE layer: many small gated MLPs, of which each token uses a few. N rows, A experts per row, D model width."""
+"""Routed experts of an MoE layer: many small gated MLPs, of which each token uses a few. N rows (tokens that reach this rank),
+A experts per row, D model width.
+"""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -49,7 +51,7 @@ class RoutedExperts(nn.Module):
         self.placement = placement or balanced_placement(num_experts, groups.ep.size)
         if (self.placement.num_experts, self.placement.num_ranks) != (num_experts, groups.ep.size):
             raise ValueError(f"{self.placement!r} does not fit {num_experts} experts over an ep axis of {groups.ep.size}")
-        self.room = tuple(len(self.placement.held_by(rank)) for rank in range(groups.ep.size))
+        self.num_held = tuple(len(self.placement.held_by(rank)) for rank in range(groups.ep.size))
         """How many experts each ep position holds; unchanged by moves."""
         self.dispatch = dispatch or LocalDispatch(groups, self.placement)
         self.num_experts = num_experts
@@ -61,19 +63,19 @@ class RoutedExperts(nn.Module):
         self._awaited: dict[int, int] = {}
         """While loading: how many tensors of each expert held here are still missing."""
 
-        def expert() -> Expert:
+        def make_expert() -> Expert:
             share = split(intermediate_size, groups.expert_tp.rank, groups.expert_tp.size, intermediate_unit)
             up = Linear(in_share=whole(hidden_size), out_parts={"gate": share, "up": share}, bias=False, format=format, bias_dtype=_NO_BIAS)
             down = Linear(in_share=share, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=_NO_BIAS)
             return Expert(up, down)
 
-        self._make_expert = expert
-        self._shape_of_all = expert()
-        self.held = nn.ModuleDict({str(number): expert() for number in self.placement.held_by(groups.ep.rank)})
+        self._make_expert = make_expert
+        self._template_expert = make_expert()
+        self.held = nn.ModuleDict({str(number): make_expert() for number in self.placement.held_by(groups.ep.rank)})
 
     def slots(self) -> Iterator[Slot]:
         for number in range(self.num_experts):
-            for slot in self._shape_of_all.slots():
+            for slot in self._template_expert.slots():
                 yield Slot(f"{number}.{slot.part}", slot.tensor, slot.shape)
 
     def wants(self, part: str) -> bool:
@@ -82,14 +84,14 @@ class RoutedExperts(nn.Module):
 
     @property
     def is_streaming(self) -> bool:
-        return self._shape_of_all.up.is_streaming
+        return self._template_expert.up.is_streaming
 
     def allocate(self, device: torch.device) -> None:
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
         self._grouped = self._native = None  # they refer to the previous tensors
-        num_slots = sum(1 for _ in self._shape_of_all.slots())
+        num_slots = sum(1 for _ in self._template_expert.slots())
         self._awaited = {int(number): num_slots for number in self.held}
         if self.ep.size > 1:
             self.load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
@@ -103,7 +105,7 @@ class RoutedExperts(nn.Module):
         """
         number, name = part.split(".")
         if not self.wants(part):
-            wanted = next(slot.shape for slot in self._shape_of_all.slots() if (slot.part, slot.tensor) == (name, tensor))
+            wanted = next(slot.shape for slot in self._template_expert.slots() if (slot.part, slot.tensor) == (name, tensor))
             if stored.shape != wanted:
                 raise ShapeMismatch(stored.name, stored.shape, wanted)
             return 0
@@ -146,20 +148,20 @@ class RoutedExperts(nn.Module):
         All ranks of the ep group must call this between the same two steps with the same placement. Needs memory for one more expert.
         """
         num_moves = 0
-        for step in plan_moves(self.placement, placement):
-            match step:
+        for move in plan_moves(self.placement, placement):
+            match move:
                 case Drop():
-                    if step.rank == self.ep.rank:
-                        del self.held[str(step.expert)]
+                    if move.rank == self.ep.rank:
+                        del self.held[str(move.expert)]
                 case Move():
                     num_moves += 1
-                    self._take_part(step)
+                    self._send_or_receive(move)
         self.placement = placement
         self._grouped = self._native = None
         self.dispatch.set_placement(placement)
         return num_moves
 
-    def _take_part(self, move: Move) -> None:
+    def _send_or_receive(self, move: Move) -> None:
         if move.source == self.ep.rank:
             send_expert(self._expert(move.expert).tensors, move.target, self.ep)
         elif move.target == self.ep.rank:
@@ -198,10 +200,10 @@ class RoutedExperts(nn.Module):
 
     def native_experts(self) -> NativeExperts | None:
         """The CPU kernel for all experts of this rank, if there is one for their format."""
-        library, format = native(), self._shape_of_all.up.format
+        library, format = native(), self._template_expert.up.format
         if library is None or not isinstance(format, PackedFormat) or format.kind not in library.kinds:
             return None
-        if not any(self._shape_of_all.up.out_sizes):
+        if not any(self._template_expert.up.out_sizes):
             return None
         if self._native is None and self.held:
             up, down = ({int(n): format.packed(getattr(e, name).tensors) for n, e in self.held.items()} for name in ("up", "down"))
@@ -215,7 +217,7 @@ class RoutedExperts(nn.Module):
             self._grouped is None
             and self.held
             and find_spec("triton")
-            and isinstance(self._shape_of_all.up.format, Dense | QuantisedFormat)
+            and isinstance(self._template_expert.up.format, Dense | QuantisedFormat)
         ):
             from parallel.cuda.grouped_experts import GroupedExperts  # imports triton, which may not be installed
 

@@ -29,7 +29,7 @@ class LastCollective:
     """The last collective that a rank launched, as read from its page."""
 
     number: int
-    """Counts the collectives that the rank has launched since it started; it advances in step on the ranks of one group."""
+    """Counts the collectives that the rank has launched since it started; it is equal on the ranks of one group."""
     kind: Kind
     axis: TopologyAxis
     elements: int

@@ -57,7 +57,7 @@ class StoredTensor(Protocol):
 class ReadableInto(StoredTensor, Protocol):
     """A stored tensor that can be read directly into a given tensor, without a temporary copy."""
 
-    def read_into(self, place: Tensor, *slices: slice) -> None:
+    def read_into(self, target: Tensor, *slices: slice) -> None:
         """As `StoredTensor.read`, but into a contiguous CPU tensor of that shape and dtype."""
         ...
 
@@ -83,14 +83,14 @@ def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> 
     step = max(1, (staging.buffer_bytes if staging else PIECE_BYTES) // one_bytes)
     for start in range(0, len(wanted), step):
         piece = wanted[start : start + step]
-        place = target.narrow(dim, start, len(piece))
+        destination = target.narrow(dim, start, len(piece))
         its_slices = (*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
         if staging is not None and isinstance(stored, ReadableInto):
-            part = staging.next_buffer(tuple(place.shape), stored.dtype)
+            part = staging.next_buffer(tuple(destination.shape), stored.dtype)
             stored.read_into(part, *its_slices)
-            staging.copy_to_device(part, place)
+            staging.copy_to_device(part, destination)
         else:
-            place.copy_(stored.read(*its_slices))
+            destination.copy_(stored.read(*its_slices))
     return stored.num_bytes * target.numel() // prod(stored.shape)
 
 

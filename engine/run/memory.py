@@ -46,13 +46,13 @@ def measure_capacity(
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
     groups: ParallelGroups,
-    sharers_of_memory: int,
+    ranks_sharing_memory: int,
     draft_model: Qwen2 | None = None,
 ) -> Capacity:
     """The capacity of the rank that has the least. All ranks must call this at the same time.
 
-    ``sharers_of_memory``: ranks on this host, those of other replicas included. A CPU allocates memory for KV only when it is used, so what
-    is promised to one rank still looks free to the next.
+    ``ranks_sharing_memory``: ranks on this host, those of other replicas included. A CPU allocates memory for KV only when it is used, so
+    what is promised to one rank still looks free to the next.
 
     With a ``draft_model`` a block on this rank is one of the model's KV and one of the draft model's.
 
@@ -69,7 +69,7 @@ def measure_capacity(
             most_bytes = int(torch.cuda.mem_get_info(model.device)[1] * (fraction or CUDA_FRACTION))
             budget_bytes = most_bytes - _cuda_bytes_beside_kv(model, sampler, runner_config, engine_config, groups, draft_model)
         else:
-            budget_bytes = _cpu_budget(fraction) // sharers_of_memory
+            budget_bytes = _cpu_budget(fraction) // ranks_sharing_memory
     mine = torch.tensor([budget_bytes // bytes_per_block, budget_bytes, bytes_per_block], device=model.device)
     num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), groups.world, dim=0).tolist())
     if num_blocks < 1:

@@ -61,7 +61,7 @@ class ExpertRebalancer:
 
     def _improve(self, layer: RoutedExperts, loads: list[float]) -> int:
         """Move a layer's experts if that lowers the load of its busiest position. Returns how many were moved."""
-        target = relabelled(place_experts(loads, layer.room), layer.placement, layer.room)
+        target = relabelled(place_experts(loads, layer.num_held), layer.placement, layer.num_held)
         if imbalance(target, loads) >= imbalance(layer.placement, loads):
             return 0
         return layer.move_to(target)

@@ -129,7 +129,7 @@ def start_rank(
             sampler,
             runner_config=runner_config,
             engine_config=engine_config,
-            sharers_of_memory=on_host * replicas_on_host,
+            ranks_sharing_memory=on_host * replicas_on_host,
             draft_model=draft_model,
             guides=open_guides(small, sampler.vocab_size, runner_config) if sampler else None,
             notify=notify,
@@ -151,7 +151,7 @@ def make_runner(
     *,
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
-    sharers_of_memory: int = 1,
+    ranks_sharing_memory: int = 1,
     draft_model: Qwen2 | None = None,
     guides: Guides | None = None,
     notify: OnProgress = lambda _progress: None,
@@ -162,7 +162,7 @@ def make_runner(
         NoRoomForKv, InvalidLogits: see `start_rank`.
     """
     groups, device = model.groups, model.device
-    _allow_launches(runner_config, device)
+    _enable_launch_options(runner_config, device)
     with _phase("memory", notify):
         capacity = measure_capacity(
             model,
@@ -170,7 +170,7 @@ def make_runner(
             runner_config=runner_config,
             engine_config=engine_config,
             groups=groups,
-            sharers_of_memory=sharers_of_memory,
+            ranks_sharing_memory=ranks_sharing_memory,
             draft_model=draft_model,
         )
         cache = KvCache(model.kv_layout, capacity.num_blocks, device)
@@ -212,7 +212,7 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
         )
 
 
-def _allow_launches(runner_config: RunnerConfig, device: torch.device) -> None:
+def _enable_launch_options(runner_config: RunnerConfig, device: torch.device) -> None:
     """Applies to this process. Must precede any capture."""
     if device.type != "cuda" or not has_triton():
         return
@@ -276,9 +276,9 @@ def _join_groups(
         yield single_rank_groups()
         return
     notify(StartProgress("groups", 0, 1))
-    meeting = _parse_rendezvous(rendezvous)
+    address = _parse_rendezvous(rendezvous)
     with open_groups(
-        topology, rank, rendezvous=meeting, device=device, timeout_s=config.collective_timeout_s, symmetric=config.symmetric_memory
+        topology, rank, rendezvous=address, device=device, timeout_s=config.collective_timeout_s, symmetric=config.symmetric_memory
     ) as groups:
         notify(StartProgress("groups", 1, 1))
         yield groups

@@ -29,15 +29,15 @@ IN_LANE = tl.constexpr(8)
 
 
 @triton.jit
-def _half(pairs, half: tl.constexpr):
+def _nibble(pairs, nibble: tl.constexpr):
     """int4 numbers from the low or high nibbles of bytes."""
-    return (((pairs >> 4 * half) & 15).to(tl.int8) - 8).to(tl.float32)
+    return (((pairs >> 4 * nibble) & 15).to(tl.int8) - 8).to(tl.float32)
 
 
 @triton.jit
-def _half_less(pairs, half: tl.constexpr, zero):
+def _nibble_minus_zero(pairs, nibble: tl.constexpr, zero):
     """The same, minus a zero point."""
-    return (((pairs >> 4 * half) & 15).to(tl.int8) - zero.to(tl.int8)).to(tl.float32)
+    return (((pairs >> 4 * nibble) & 15).to(tl.int8) - zero.to(tl.int8)).to(tl.float32)
 
 
 @quick
@@ -52,10 +52,10 @@ def _gemv_kernel(
     column_11C1 = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
     row_1R11 = tl.arange(0, ROWS)[None, :, None, None]
     lane_V111 = tl.arange(0, LANES)[:, None, None, None] * IN_LANE
-    place_V11I = lane_V111 + tl.arange(0, IN_LANE)[None, None, None, :]
+    offset_V11I = lane_V111 + tl.arange(0, IN_LANE)[None, None, None, :]
     is_output_11C1 = column_11C1 < out_size
-    at_V1CI = numbers + column_11C1.to(tl.int64) * stride + place_V11I
-    ahead_V1CI = tl.load(at_V1CI, mask=is_output_11C1 & (place_V11I < stride), other=0.0)
+    at_V1CI = numbers + column_11C1.to(tl.int64) * stride + offset_V11I
+    ahead_V1CI = tl.load(at_V1CI, mask=is_output_11C1 & (offset_V11I < stride), other=0.0)
     if KIND == "int8":
         scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 128)
         scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 128, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
@@ -70,38 +70,38 @@ def _gemv_kernel(
     x_1R11 = x + row_1R11 * in_size
     sum_VRC1 = tl.zeros([LANES, ROWS, COLUMNS, 1], tl.float32)
     for start in range(0, stride, LANES * IN_LANE):
-        then = start + LANES * IN_LANE
+        next_start = start + LANES * IN_LANE
         now_V1CI = ahead_V1CI
-        ahead_V1CI = tl.load(at_V1CI + then, mask=is_output_11C1 & (then + place_V11I < stride), other=0.0)
+        ahead_V1CI = tl.load(at_V1CI + next_start, mask=is_output_11C1 & (next_start + offset_V11I < stride), other=0.0)
         if KIND == "int4":  # the low nibble of a byte belongs to one group and the high nibble to the next
-            scale_V1C1, upper_V1C1, groups_V111 = scale_ahead_V1C1, upper_ahead_V1C1, (then + lane_V111) // 32 * 2
-            is_scale_V1C1 = is_output_11C1 & (then + lane_V111 < stride)
+            scale_V1C1, upper_V1C1, groups_V111 = scale_ahead_V1C1, upper_ahead_V1C1, (next_start + lane_V111) // 32 * 2
+            is_scale_V1C1 = is_output_11C1 & (next_start + lane_V111 < stride)
             scale_ahead_V1C1 = tl.load(scales_11C1 + groups_V111, mask=is_scale_V1C1, other=0.0)
             upper_ahead_V1C1 = tl.load(scales_11C1 + groups_V111 + 1, mask=is_scale_V1C1, other=0.0)
-            dim_V11I = (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
+            dim_V11I = (start + offset_V11I) // 32 * 64 + (start + offset_V11I) % 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            sum_VRC1 += tl.sum(_half(now_V1CI, 0) * x_VR1I, axis=3, keep_dims=True) * scale_V1C1.to(tl.float32)
+            sum_VRC1 += tl.sum(_nibble(now_V1CI, 0) * x_VR1I, axis=3, keep_dims=True) * scale_V1C1.to(tl.float32)
             dim_V11I += 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            sum_VRC1 += tl.sum(_half(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
+            sum_VRC1 += tl.sum(_nibble(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
         elif KIND == "int4_zeros":
-            word_V1C1, then_V111 = scale_ahead_V1C1, then + lane_V111
-            scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 64, mask=is_output_11C1 & (then_V111 < stride), other=0)
-            zero_V1C1, dim_V11I = group_zero(word_V1C1), (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
+            word_V1C1, next_V111 = scale_ahead_V1C1, next_start + lane_V111
+            scale_ahead_V1C1 = tl.load(scales_11C1 + next_V111 // 64, mask=is_output_11C1 & (next_V111 < stride), other=0)
+            zero_V1C1, dim_V11I = group_zero(word_V1C1), (start + offset_V11I) // 32 * 64 + (start + offset_V11I) % 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            here_VRC1 = tl.sum(_half_less(now_V1CI, 0, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
+            here_VRC1 = tl.sum(_nibble_minus_zero(now_V1CI, 0, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
             dim_V11I += 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            here_VRC1 += tl.sum(_half_less(now_V1CI, 1, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
+            here_VRC1 += tl.sum(_nibble_minus_zero(now_V1CI, 1, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
             sum_VRC1 += here_VRC1 * group_scale(word_V1C1)
         else:
-            dim_V11I = start + place_V11I
+            dim_V11I = start + offset_V11I
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             here_VRC1 = tl.sum(now_V1CI.to(tl.float32) * x_VR1I, axis=3, keep_dims=True)
             if KIND == "int8":
                 here_VRC1 *= scale_ahead_V1C1.to(tl.float32)
-                then_V111 = then + lane_V111
-                scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 128, mask=is_output_11C1 & (then_V111 < stride), other=0.0)
+                next_V111 = next_start + lane_V111
+                scale_ahead_V1C1 = tl.load(scales_11C1 + next_V111 // 128, mask=is_output_11C1 & (next_V111 < stride), other=0.0)
             sum_VRC1 += here_VRC1
     sum_1RC1 = tl.sum(sum_VRC1, axis=0, keep_dims=True)
     sum_1RC1 += tl.load(bias + column_11C1, mask=is_output_11C1 & (has_bias > 0), other=0.0).to(tl.float32)

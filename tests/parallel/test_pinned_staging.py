@@ -15,9 +15,9 @@ from tests.parallel.memory_tensor import MemoryTensor
 class IntoTensor(MemoryTensor):
     """A stored tensor that can be read into, like a file's."""
 
-    def read_into(self, place: Tensor, *slices: slice) -> None:
-        assert place.is_contiguous()
-        place.copy_(self.read(*slices))
+    def read_into(self, target: Tensor, *slices: slice) -> None:
+        assert target.is_contiguous()
+        target.copy_(self.read(*slices))
 
 
 @dataclass

@@ -181,7 +181,7 @@ class FakeModel:
 def _capacity(groups: ParallelGroups, budget: int):
     config = RunnerConfig(kv_cache_bytes=budget)
     return measure_capacity(
-        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), groups=groups, sharers_of_memory=2
+        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), groups=groups, ranks_sharing_memory=2
     )
 
 
@@ -196,7 +196,7 @@ def test_replicas_on_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch, 
     config, groups = RunnerConfig(kv_memory_fraction=fraction), single_rank_groups()
     for sharers in (1, 2, 5):
         alike = {"runner_config": config, "engine_config": engine_config(), "groups": groups}
-        capacity = measure_capacity(FakeModel(0), None, **alike, sharers_of_memory=sharers)
+        capacity = measure_capacity(FakeModel(0), None, **alike, ranks_sharing_memory=sharers)
         assert capacity.num_blocks == budget // sharers // 256
 
 
