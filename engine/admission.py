@@ -14,7 +14,7 @@ PREFIX_WEIGHT = 2
 the cached tokens. Recomputing a prefix costs once; an uneven load costs in every step, because all shards wait for the slowest."""
 
 RESERVE_DIVISOR = 12
-"""The fraction (1 / this) of running slots and of a shard's blocks that is reserved; see `Policy.must_leave_reserve`."""
+"""The fraction (1 / this) of `max_running` and of a shard's blocks that is reserved; see `Policy.must_leave_reserve`."""
 
 
 @dataclass(frozen=True)

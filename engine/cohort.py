@@ -1,7 +1,7 @@
 """The sequences of a shard that only decode, stored as columns: planned and recorded together by a few numpy operations for all of them.
 
 Whatever else happens to one of them takes it out (`Cohort.leave`). It is then planned and recorded individually, like every sequence
-outside, and joins again with its next token. `engine.scheduler` without this file is its slow twin: the answers are the same.
+outside, and joins again with its next token. `engine.scheduler` without this file is its reference: the answers are the same.
 """
 
 from dataclasses import dataclass

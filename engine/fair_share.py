@@ -2,7 +2,7 @@
 
 Every token computed for a tenant advances its counter, by less the larger its share is. The tenant with the lowest counter is admitted
 next. When a tenant comes back from a pause, its counter is raised to a little below the lowest of the others, so a pause saves up little.
-So a tenant that asks for less than its share is always served first, however many requests of others wait, and the last running slots
+So a tenant that asks for less than its share is always served first, however many requests of others wait, and the last of `max_running`
 are reserved for it while it is active (`engine.admission`), so that it need not wait for another request to end.
 With one tenant this is first come, first served.
 """
@@ -17,16 +17,16 @@ from engine.sequence import Sequence
 PROMPT_COST = 1.0
 OUTPUT_COST = 2.0
 """Cost of a token (the paper's weights). An output token is computed alone in its sequence's step, prompt tokens many at once."""
-HEAD_START = 40_000.0
+MAX_CREDIT = 40_000.0
 """How far below the others a returning tenant's counter may be, for a share of 1: some dozens of requests of a usual length. So a tenant
 that stays below its share on average, but not in every second, stays first. Without it, a tenant that sometimes has nothing waiting would
 take turns with those that always have, whatever it used before."""
-CLEARLY_LESS = HEAD_START / 8
-"""A tenant's counter must be this far below another's, for a share of 1, for the last slots to be reserved for it. Among equals nothing is
-reserved."""
+RESERVE_GAP = MAX_CREDIT / 8
+"""A tenant's counter must be this far below another's, for a share of 1, for the last of `max_running` to be reserved. Among equals
+nothing is reserved."""
 ACTIVE_COST = 1_000_000.0
 """A tenant counts as active until this cost has been computed for all tenants since it was last served: half a minute of a busy GPU."""
-MAX_OVERFULL = 2
+MAX_QUEUE_FACTOR = 2
 """With many tenants the waiting queue may grow to this many times its limit, because each tenant's part of it is kept for that tenant."""
 MAX_COUNTERS = 10_000
 """Counters kept for tenants that may return. Beyond that, the lowest are dropped; such a tenant may get a head start again."""
@@ -64,7 +64,7 @@ class FairShare:
         """True if another active tenant has clearly been served less."""
         own, since = self.served(sequence.request.tenant), self._total - ACTIVE_COST
         return any(
-            served + CLEARLY_LESS / self._shares[tenant] < own and self._last_active[tenant] >= since
+            served + RESERVE_GAP / self._shares[tenant] < own and self._last_active[tenant] >= since
             for tenant, served in self._served.items()
         )
 
@@ -75,7 +75,7 @@ class FairShare:
         shares = {one.request.tenant: one.request.share for one in waiting} | {request.tenant: request.share}
         part = limit * request.share / sum(shares.values())
         own = sum(one.request.tenant == request.tenant for one in waiting)
-        return own < part and len(waiting) < MAX_OVERFULL * limit
+        return own < part and len(waiting) < MAX_QUEUE_FACTOR * limit
 
     def on_arrival(self, sequence: Sequence, waiting: Collection[Sequence]) -> None:
         tenant = sequence.request.tenant
@@ -84,7 +84,7 @@ class FairShare:
         if tenant in others:
             return
         floor = min((self.served(other) for other in others), default=self.served(self._last_admitted))
-        self._served[tenant] = max(self.served(tenant), floor - HEAD_START / sequence.request.share)
+        self._served[tenant] = max(self.served(tenant), floor - MAX_CREDIT / sequence.request.share)
         if len(self._served) > MAX_COUNTERS:
             self._drop_counters(floor, kept=others | {tenant, self._last_admitted})
 

@@ -31,7 +31,7 @@ class Policy(Protocol):
         ...
 
     def must_leave_reserve(self, sequence: Sequence) -> bool:
-        """Whether the last running slots and KV blocks are reserved for others, and may not be given to this sequence."""
+        """Whether the last of `max_running` and of the KV blocks are reserved for others, and may not be given to this sequence."""
         ...
 
     def may_queue(self, request: Request, waiting: Collection[QueuedRequest], limit: int) -> bool:

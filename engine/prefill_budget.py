@@ -1,4 +1,4 @@
-"""How many prompt tokens go into a step beside sequences that decode, so that their next tokens do not come late.
+"""How many prompt tokens go into a step alongside sequences that decode, so that their next tokens do not come late.
 
 A decoding sequence waits for the whole step, prompts included. The cost of steps is measured (`engine.step_cost`), so the number of prompt
 tokens that fit into a part of a step, or into a step of a given time, is known; prompts are cut accordingly (chunked prefill). When nothing
@@ -36,11 +36,11 @@ class PrefillBudget:
     def __init__(self, config: EngineConfig, step_line: StepLine) -> None:
         self._config, self._max_step_s, self._max_tokens = config, config.max_step_s, config.max_step_tokens
         self._step_line = step_line
-        self._trust = 1.0
+        self._scale = 1.0
         """What part of the estimated tokens is planned where the time of a step is limited."""
 
     def tokens(self, num_decoding: int, num_waiting: int) -> int:
-        """Prompt tokens beside ``num_decoding`` (at least one) sequences that decode, out of ``num_waiting`` prompt tokens."""
+        """Prompt tokens alongside ``num_decoding`` (at least one) sequences that decode, out of ``num_waiting`` prompt tokens."""
         return max(MIN_TOKENS, min(self._by_share(num_decoding, num_waiting), self._by_time(num_decoding)))
 
     def note(self, plan: StepPlan, elapsed_s: float) -> None:
@@ -51,9 +51,9 @@ class PrefillBudget:
         if not num_decoding or plan.num_tokens == num_decoding:
             return  # no decoding sequence waited for prompts
         if elapsed_s > self._max_step_s:
-            self._trust = max(0.01, self._trust * self._max_step_s / elapsed_s)
+            self._scale = max(0.01, self._scale * self._max_step_s / elapsed_s)
         else:
-            self._trust = min(1.0, self._trust * RECOVERY)
+            self._scale = min(1.0, self._scale * RECOVERY)
 
     def _by_share(self, num_decoding: int, num_waiting: int) -> int:
         """As many tokens as give prompts their share of the step.
@@ -77,4 +77,4 @@ class PrefillBudget:
         base_s, token_s = self._step_line()
         if token_s <= 0:
             return FIRST_TOKENS
-        return int(((self._max_step_s - base_s) / token_s - num_decoding) * self._trust)
+        return int(((self._max_step_s - base_s) / token_s - num_decoding) * self._scale)

@@ -94,10 +94,10 @@ class ReplacedRows:
 
     def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
         """Write the rows that are in this part of the matrix."""
-        here = [place for place, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
+        here = [index for index, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
         if here:
             rows = self.kept.read(self.stored, slice(0, self.stored.shape[0]), inputs)
-            part[[self.numbers[place] - outputs.start for place in here]] = rows[here].to(part.dtype)
+            part[[self.numbers[index] - outputs.start for index in here]] = rows[here].to(part.dtype)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError if a name occurs twice, as its meaning would be ambiguous."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(f"{twice} occurs twice")
     return dict(pairs)
 

@@ -16,7 +16,7 @@ from parallel.quantisation import FP8_MIN_CAPABILITY
 from parallel.quantised_format import QuantisedFormat, has_triton
 from parallel.weight_format import Dense, WeightFormat
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 QuantizeName = Literal["int8", "int4", "fp8"]
 
@@ -63,7 +63,7 @@ def choose_formats(
     kinds = available_kinds() if common_kinds is None else common_kinds
     if quantize is not None:
         if not kinds:
-            log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
+            logger.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
         return Formats(_rounded(quantize, raw, rounds_activations, kinds), _rounded("int8", raw, rounds_activations, kinds))
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
@@ -91,5 +91,5 @@ def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantiz
         name, known = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         raise ValueError(f"{name} (compute capability {known}) does not multiply fp8, which needs 8.9: quantise to int8 or int4 here")
     if not has_triton():
-        log.warning("%s without Triton is slow: weights are unpacked at every step", quantize)
+        logger.warning("%s without Triton is slow: weights are unpacked at every step", quantize)
     return Formats(QuantisedFormat(quantize, raw), Dense(dtype) if quantize == "fp8" else QuantisedFormat("int8", raw))

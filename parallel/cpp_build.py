@@ -42,8 +42,8 @@ def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
     if compiler is None:
         raise Unavailable("no C++ compiler found; install g++ or set CXX")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        output = Path(place) / target.name
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / target.name
         done = subprocess.run(command(compiler, output), capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             raise Unavailable(f"{compiler} failed:\n{done.stderr[-4000:]}")

@@ -279,8 +279,8 @@ def _weighted_sum(y_sorted: Tensor, order: Tensor, weights_NA: Tensor) -> Tensor
     num_rows, num_assigned = weights_NA.shape
     if len(order) < weights_NA.numel():
         y_sorted = torch.cat((y_sorted, y_sorted.new_zeros(1, y_sorted.shape[1])))
-    place = order.new_full((weights_NA.numel(),), len(order))
-    place[order] = torch.arange(len(order), device=order.device)
-    y_NAD = y_sorted[place].view(num_rows, num_assigned, -1)
+    position = order.new_full((weights_NA.numel(),), len(order))
+    position[order] = torch.arange(len(order), device=order.device)
+    y_NAD = y_sorted[position].view(num_rows, num_assigned, -1)
     summands = y_NAD * weights_NA.to(y_NAD.dtype).unsqueeze(-1)
     return summands.sum(dim=1, dtype=torch.promote_types(y_NAD.dtype, torch.float32)).to(y_NAD.dtype)

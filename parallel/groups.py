@@ -19,7 +19,7 @@ from parallel.symmetric_memory import open_symmetric_memory
 from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
 from parallel.transport import Backend, Transport
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TransportChoice = Literal["auto", "gloo"]
 """``auto``: NCCL on CUDA; on CPU shared memory where possible, and gloo for the rest. ``gloo``: only gloo."""
@@ -136,7 +136,7 @@ def open_groups(
             if each.shared_memory is not None:
                 stack.callback(each.shared_memory.close)
         groups = _parallel_groups(topology, rank, transports)
-        log.info("rank %d of %d joined (%s): %s", rank, topology.size, topology, groups.world.transport)
+        logger.info("rank %d of %d joined (%s): %s", rank, topology.size, topology, groups.world.transport)
         yield groups
 
 

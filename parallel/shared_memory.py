@@ -18,7 +18,7 @@ from parallel.cpp_build import Unavailable
 from parallel.native.library import HOW_TO_BUILD, native
 from parallel.native.shared_memory_collectives import SPINS, SharedMemoryCollectives, memory_bytes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SHARED = Path("/dev/shm")  # noqa: S108  (POSIX shared memory)
@@ -48,7 +48,7 @@ def open_shared_memory(process_group: dist.ProcessGroup, timeout_s: float) -> Sh
         obstacle, memory = _map(SHARED / f"manta-{offers[0].nonce}", rank, size, process_group)
     if obstacle is not None or memory is None:
         if rank == 0:
-            log.info("ranks talk over gloo, not through shared memory: %s", obstacle)
+            logger.info("ranks talk over gloo, not through shared memory: %s", obstacle)
         return None
     library = native()
     assert library is not None  # else there would be an obstacle
@@ -87,8 +87,8 @@ def _check_host(size: int) -> None:
         raise Unavailable(f"the CPU kernels are not there; {HOW_TO_BUILD}")
     if not SHARED.is_dir() or not os.access(SHARED, os.W_OK):
         raise Unavailable(f"{SHARED} is not there or not writable")
-    place = os.statvfs(SHARED)
-    free = place.f_bavail * place.f_frsize
+    status = os.statvfs(SHARED)
+    free = status.f_bavail * status.f_frsize
     if free < memory_bytes(size):
         raise Unavailable(
             f"{SHARED} has {free >> 20} MiB free and {size} ranks need {memory_bytes(size) >> 20}; enlarge it (docker: --shm-size)"
@@ -149,8 +149,8 @@ def _cores() -> float:
 def host_of_this_process() -> str:
     """Equal exactly for processes that see the same /dev/shm as the same user."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    place = os.stat(SHARED) if SHARED.exists() else None
-    return f"{boot.read_text().strip() if boot.exists() else platform.node()}:{place and (place.st_dev, place.st_ino)}:{os.getuid()}"
+    status = os.stat(SHARED) if SHARED.exists() else None
+    return f"{boot.read_text().strip() if boot.exists() else platform.node()}:{status and (status.st_dev, status.st_ino)}:{os.getuid()}"
 
 
 def pid_namespace() -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from parallel.shared_memory import gather_objects, host_of_this_process, pid_namespace
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 """The dtype that models on GPUs all-reduce. float32 goes to NCCL."""
@@ -161,7 +161,7 @@ def open_symmetric_memory(
         problem = _what_is_wrong(memory, process_group, device)
     if problem is not None or memory is None:
         if process_group.rank() == 0:
-            log.warning("%s add up over NCCL alone, not through symmetric memory: %s", name, problem)
+            logger.warning("%s add up over NCCL alone, not through symmetric memory: %s", name, problem)
         return None
     return memory
 

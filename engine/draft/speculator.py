@@ -11,9 +11,9 @@ from engine.sequence import Sequence
 PRIOR_ACCEPTED = 1.0
 PRIOR_TRIED = 2.0
 """The assumption about a sequence before its first draft: every other draft token is accepted."""
-MEMORY = 0.9
+HISTORY_DECAY = 0.9
 """Weight of the drafts before the last one, relative to the last."""
-FORGIVENESS = 0.97
+IDLE_DECAY = 0.97
 """At every step without a draft a sequence's record is multiplied by this, so that a sequence with a bad record gets a draft again."""
 
 PAUSE_PROBABILITY, RESUME_PROBABILITY = 0.9, 0.8
@@ -66,7 +66,7 @@ class Speculator:
         length = self.draft_length(sequence, room=room, num_sequences=num_sequences)
         draft = self._proposer.propose(sequence, length) if length > 0 else ()
         if not draft:
-            self._records[sequence].fade(FORGIVENESS)
+            self._records[sequence].fade(IDLE_DECAY)
         return draft
 
     def draft_length(self, sequence: Sequence, *, room: int, num_sequences: int) -> int:
@@ -101,7 +101,7 @@ class Speculator:
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         record = self._records.setdefault(sequence, _Record())
-        record.fade(MEMORY)
+        record.fade(HISTORY_DECAY)
         record.accepted += num_accepted
         record.tried += min(num_accepted + 1, num_drafted)  # tokens behind the first wrong one were not put to the test
 

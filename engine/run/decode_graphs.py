@@ -23,7 +23,7 @@ from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.aligned_rows import empty_rows
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_ROWS = 512
 """In larger steps the device takes much longer than the host needs to launch them."""

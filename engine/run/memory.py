@@ -20,12 +20,13 @@ from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, barrier
 from parallel.groups import ParallelGroups
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
 CPU_MAX_BYTES = 4 << 30
 """Default limit of the memory for KV of all ranks on a host, of all replicas together: a prefix cache eventually fills what it gets."""
 CUDA_FRACTION = 0.9
+"""Default part of a GPU's memory that may be used, by weights, KV cache and steps together."""
 
 
 class NoRoomForKv(EngineError):
@@ -77,7 +78,7 @@ def measure_capacity(
     limit = model.config.context_limit(runner_config.max_context_tokens)
     # as many as all sequences at full length need
     num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))
-    log.info("%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * bytes_per_block / 2**30)
+    logger.info("%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * bytes_per_block / 2**30)
     return Capacity(
         num_blocks=num_blocks,
         block_tokens=layout.block_tokens,
@@ -130,7 +131,7 @@ def _cuda_bytes_beside_kv(
     del runner, cache, drafter
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    log.info("besides the KV cache a step needs %.2f GiB and captured steps %.2f GiB", step_bytes / 2**30, graph_bytes / 2**30)
+    logger.info("besides the KV cache a step needs %.2f GiB and captured steps %.2f GiB", step_bytes / 2**30, graph_bytes / 2**30)
     return total - free + step_bytes + graph_bytes
 
 

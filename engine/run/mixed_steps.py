@@ -27,7 +27,7 @@ class MixedSteps:
         self._sequences, self._async_steps, self._forward = graph_steps.sequences, graph_steps.async_steps, forward
 
     def begin(self, plan: StepPlan, _began: float) -> AsyncStep | None:
-        """Launch the step, or return None without side effects if the host is needed for its results."""
+        """Launch the step, or return None without side effects if the host is needed for its results. (It is timed from its launch.)"""
         batch = mixed_batch(plan, self._sequences.shard)
         if batch is None or not self._accepts(batch):
             return None

@@ -47,7 +47,7 @@ from parallel.quantisation import FP8
 from parallel.quantised_format import has_triton
 from parallel.topology import Topology
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 StartPhase = Literal["groups", "weights", "memory", "warm_up", "capture"]
 
@@ -191,7 +191,7 @@ def make_runner(
         raise
     runner.rebalancer.reset()
     # repr here, so that a kept log record does not keep the weights alive
-    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))
+    logger.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))
     return runner
 
 
@@ -264,7 +264,7 @@ def choose_weight_formats(
     kind = config.quantize or quantisation.preferred_kind(share_alignment(model_config, topology or Topology()))
     if kind == "int4_zeros" and any(tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)):
         kind = "int8"  # the layers have matrices that are not stored quantised, and 4 bits would lose much of their precision
-    log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, kind)
+    logger.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, kind)
     return Formats(choose([QuantisedTensor.dtype], kind).matrices, formats.table)
 
 
@@ -330,13 +330,13 @@ def _load(
         kv_may_be_bfloat16=formats.rounds_activations,
         on_progress=report_bytes,
     )
-    log.info(
+    logger.info(
         "rank %d read %d of %d bytes of weights in %.1f s (%d bytes fetched); computing in %s with %s on %s with %d threads",
         groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, report.bytes_fetched,
         model.dtype, formats.matrices, device, torch.get_num_threads(),
     )  # fmt: skip
     if adapter is not None:
-        log.info("rank %d merged %r", groups.rank, adapter)
+        logger.info("rank %d merged %r", groups.rank, adapter)
     read = LoadStats(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     notify(StartProgress("weights", reported, reported, read))
     return model
@@ -360,7 +360,7 @@ def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_co
             kv_dtype=None if config.kv_dtype == "auto" else FP8,
             kv_may_be_bfloat16=formats.rounds_activations,
         )
-    log.info("the draft model of %d layers was read in %.1f s", draft_model.config.num_layers, report.seconds)
+    logger.info("the draft model of %d layers was read in %.1f s", draft_model.config.num_layers, report.seconds)
     return draft_model
 
 

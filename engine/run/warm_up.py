@@ -13,7 +13,7 @@ from engine.run.prompt_graphs import prompt_obstacle
 from engine.run.runner import Runner
 from parallel.quantised_format import has_triton
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FIRST_SEQUENCE = -1
 """Sequences of real requests count up from 0, these count down."""
@@ -79,7 +79,7 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
                     num_shards=runner.model.groups.topology.dp,
                 ),
             )
-    log.info("tile sizes as measured: %s", tiles)
+    logger.info("tile sizes as measured: %s", tiles)
 
 
 def capture(
@@ -96,10 +96,10 @@ def capture(
     Then warm up once more. ``prompts_ahead``: see `RunnerConfig`.
     """
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
-        log.info("steps are launched, not replayed from CUDA graphs: %s", obstacle)
+        logger.info("steps are launched, not replayed from CUDA graphs: %s", obstacle)
         return
     if prompts and (obstacle := prompt_obstacle(runner.model)) is not None:
-        log.info("steps with prompts are launched, not replayed: %s", obstacle)
+        logger.info("steps with prompts are launched, not replayed: %s", obstacle)
     runner.capture(
         graphs,
         max_rows=min(engine_config.max_running, engine_config.max_step_tokens),

@@ -12,7 +12,7 @@ from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
 from parallel.native.library import HOW_TO_BUILD, native
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "reference", "cpu", "native", "cuda", "flashinfer"]
 
@@ -48,7 +48,7 @@ def choose_backend(
 
 def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: BackendName, dtype: torch.dtype) -> AttentionBackend:
     if name == "auto" and find_spec("triton") is None:
-        log.warning("triton is not installed, so attention uses the slow reference")
+        logger.warning("triton is not installed, so attention uses the slow reference")
         name = "reference"
     match name:
         case "reference":

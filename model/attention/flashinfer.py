@@ -64,13 +64,13 @@ class FlashInferAttention(CudaAttention):
         first, block_tokens, most_blocks = batch.num_decodes, self.config.block_tokens, batch.block_tables_SM.shape[1]
         lengths, starts = batch.context_lengths[first:], batch.query_starts[first:]
         counts = [-(-length // block_tokens) for length in lengths]
-        places = [(first + at) * most_blocks + block for at, count in enumerate(counts) for block in range(count)]
+        entries = [(first + at) * most_blocks + block for at, count in enumerate(counts) for block in range(count)]
         if self._copied is not None:
             self._copied.synchronize()
         self._wrapper.plan(
             _numbers([start - starts[0] for start in starts]),
             _numbers([0, *accumulate(counts)]),
-            batch.block_tables_SM.flatten()[self._upload(places)],
+            batch.block_tables_SM.flatten()[self._upload(entries)],
             _numbers([length - (count - 1) * block_tokens for length, count in zip(lengths, counts, strict=True)]),
             self.config.num_heads,
             self.config.num_kv_heads,

@@ -20,7 +20,7 @@ from triton.runtime.errors import PTXASError
 
 from parallel.cpp_build import cache_path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Key = str
 Measure = Callable[[Callable[[], object]], float]
@@ -99,7 +99,7 @@ class Autotuner:
             try:
                 self._found = {key: Tile(**tile) for key, tile in json.loads(file.read_text()).items()}
             except (OSError, ValueError, TypeError) as error:
-                log.warning("%s cannot be read and is measured anew: %s", file, error)
+                logger.warning("%s cannot be read and is measured anew: %s", file, error)
 
     def __repr__(self) -> str:
         return f"<Autotuner [{len(self._found)} measured]>"
@@ -143,12 +143,12 @@ class Autotuner:
                 continue
             except RuntimeError as error:  # a compiler failure on one candidate must not abort the start
                 if "out of memory" in str(error):  # torch's or Triton's, which has no type of its own for it
-                    log.warning("%s is not measured: %s", key, error)
+                    logger.warning("%s is not measured: %s", key, error)
                     return {}
                 if isinstance(error, torch.AcceleratorError):
                     raise
-                log.warning("%s: %s does not compile, or not run: %s", key, tile, error)
-        log.debug("%s: %s", key, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
+                logger.warning("%s: %s does not compile, or not run: %s", key, tile, error)
+        logger.debug("%s: %s", key, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
         return seconds
 
 
@@ -183,4 +183,4 @@ def _keep(file: Path, found: object) -> None:
             json.dump(found, output, indent=1)
         Path(name).replace(file)
     except OSError as error:
-        log.warning("what was measured of tiles is not kept: %s", error)
+        logger.warning("what was measured of tiles is not kept: %s", error)

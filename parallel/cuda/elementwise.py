@@ -123,16 +123,16 @@ def _rope_and_write_kv_kernel(
         offset = slot.to(tl.int64) * token_stride + dims_F
         written_F = mask_F & (slot >= 0)  # the padding tokens of a captured step have no slot
         if is_value:
-            place = values + offset + (head - num_heads - num_kv_heads) * head_stride
+            target = values + offset + (head - num_heads - num_kv_heads) * head_stride
         else:
-            place = keys + offset + (head - num_heads) * head_stride
+            target = keys + offset + (head - num_heads) * head_stride
         dtype = keys.dtype.element_ty
         if KV_IN_FP8:  # round to nearest, saturating
-            tl.store(place, tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
-            tl.store(place + HALF, tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
+            tl.store(target, tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
+            tl.store(target + HALF, tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
         else:
-            tl.store(place, first_F, mask=written_F)
-            tl.store(place + HALF, second_F, mask=written_F)
+            tl.store(target, first_F, mask=written_F)
+            tl.store(target + HALF, second_F, mask=written_F)
 
 
 def apply_rope(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def rope_and_write_kv(
     """Rotary embedding and KV cache write for fused heads (query, key, value). Returns the rotated queries (T, H, K), in ``q_THK`` if
     given; rotated keys and values are written to their slots of the cache.
 
-    A negative slot is not written. The references are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
+    A negative slot is not written. The references are `model.rope.Rotation.apply` and `model.attention.write_kv.write_kv`.
     """
     num_tokens, num_all, head_dim = heads_TXK.shape
     num_kv_heads = keys_NBGK.shape[2]

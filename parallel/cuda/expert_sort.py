@@ -61,15 +61,15 @@ def _sort_kernel(
         tiles = start + tl.arange(0, BLOCK)
         tl.store(experts + tiles, tl.zeros([BLOCK], tl.int32) + tl.where(expert < num_held, expert, -1), mask=tiles < last)
     for start in range(first * TILE_ROWS + count, last * TILE_ROWS, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        tl.store(assignments + places, tl.zeros([BLOCK], tl.int32) + num_assigned, mask=places < last * TILE_ROWS)
+        positions = start + tl.arange(0, BLOCK)
+        tl.store(assignments + positions, tl.zeros([BLOCK], tl.int32) + num_assigned, mask=positions < last * TILE_ROWS)
     if count > 0:
-        place = first * TILE_ROWS
+        position = first * TILE_ROWS
         for start in range(0, num_assigned, BLOCK):
             at, bins = _load_bins(held_ids, start, num_assigned, BLOCK)
             is_mine = (bins == expert + 1).to(tl.int32)
-            tl.store(assignments + place + tl.cumsum(is_mine, axis=0) - is_mine, at, mask=is_mine > 0)
-            place += tl.sum(is_mine, axis=0)
+            tl.store(assignments + position + tl.cumsum(is_mine, axis=0) - is_mine, at, mask=is_mine > 0)
+            position += tl.sum(is_mine, axis=0)
 
 
 def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
@@ -116,10 +116,10 @@ def sort_reference(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
     expert = ids[order]
     index_in_expert = torch.arange(num_assigned, device=device) - (counts_E.cumsum(0) - counts_E)[expert + 1]
     nowhere = num_tiles * tile_rows
-    place = (tiles_so_far_E - tiles_E)[expert.clamp(min=0)] * tile_rows + index_in_expert
-    place = torch.where(expert >= 0, place, nowhere)
+    position = (tiles_so_far_E - tiles_E)[expert.clamp(min=0)] * tile_rows + index_in_expert
+    position = torch.where(expert >= 0, position, nowhere)
     assignment_Y = torch.full((nowhere + 1,), num_assigned, dtype=torch.int32, device=device)
-    assignment_Y.scatter_(0, place, order.to(torch.int32))
+    assignment_Y.scatter_(0, position, order.to(torch.int32))
     expert_X = torch.searchsorted(tiles_so_far_E, torch.arange(num_tiles, device=device), right=True)
     expert_X = torch.where(expert_X < num_held, expert_X, -1).to(torch.int32)
     return SortedAssignments(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
@@ -132,8 +132,8 @@ def _combine_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.co
     row = tl.program_id(0).to(tl.int64)
     dims_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum_D = tl.zeros([BLOCK], tl.float32)
-    for place in tl.static_range(PER_ROW):
-        assignment = row * PER_ROW + place
+    for position in tl.static_range(PER_ROW):
+        assignment = row * PER_ROW + position
         is_here = tl.load(held_ids + assignment) >= 0  # results computed elsewhere are uninitialised here
         sum_D += tl.load(y + assignment * width + dims_D, mask=(dims_D < width) & is_here, other=0.0).to(tl.float32)
     tl.store(out + row * width + dims_D, sum_D.to(out.dtype.element_ty), mask=dims_D < width)

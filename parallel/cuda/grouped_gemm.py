@@ -50,8 +50,8 @@ def expert_matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.devic
     """From the tensors of a plain format (``weight``) or of `parallel.quantised_format.QuantisedFormat` (``numbers``, ``scales``)."""
     first = experts[0]
     if "weight" in first:
-        places = tensor_addresses([expert["weight"] for expert in experts], device)
-        return ExpertMatrices("plain", places, places, *first["weight"].shape)
+        addresses = tensor_addresses([expert["weight"] for expert in experts], device)
+        return ExpertMatrices("plain", addresses, addresses, *first["weight"].shape)
     numbers, scales = (tensor_addresses([expert[name] for expert in experts], device) for name in ("numbers", "scales"))
     return ExpertMatrices(kind_of(first), numbers, scales, first["numbers"].shape[0], padded_in_size(first))
 
@@ -115,8 +115,8 @@ def _grouped_gemm_kernel(
             weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
             sum_RO = sum_RO.to(out.dtype.element_ty).to(tl.float32) * weight_R[:, None]
         result_RO = sum_RO.to(out.dtype.element_ty)
-        place_RO = assignment_R.to(tl.int64)[:, None] * out_size + columns_O[None, :]
-        tl.store(out + place_RO, result_RO, mask=real_R[:, None] & mask_O[None, :])
+        offset_RO = assignment_R.to(tl.int64)[:, None] * out_size + columns_O[None, :]
+        tl.store(out + offset_RO, result_RO, mask=real_R[:, None] & mask_O[None, :])
 
 
 def grouped_gemm(

@@ -32,8 +32,8 @@ def _count_tokens_kernel(entries, tokens, starts, counts, known, num_rows, width
     token, start = tl.load(tokens + rows, mask=has_entry, other=0), tl.load(starts + rows, mask=has_entry, other=0)
     num_known = tl.load(known + entry, mask=has_entry, other=0)
     is_new = has_entry & (start >= num_known) & (token < width)
-    place = counts + entry * width + token
-    tl.store(place, tl.load(place, mask=is_new, other=0) + 2, mask=is_new)
+    address = counts + entry * width + token
+    tl.store(address, tl.load(address, mask=is_new, other=0) + 2, mask=is_new)
     tl.store(known + entry, tl.maximum(num_known, start + 1), mask=has_entry)
 
 
@@ -84,8 +84,8 @@ def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_bi
             there = at < count
             ids = tl.load(bias_ids + entry * most_biases + at, mask=there, other=0)
             bias = tl.load(biases + entry * most_biases + at, mask=there, other=0.0)
-            place = out + row * out_stride + ids
-            tl.store(place, tl.load(place, mask=there, other=0.0) + bias, mask=there)
+            address = out + row * out_stride + ids
+            tl.store(address, tl.load(address, mask=there, other=0.0) + bias, mask=there)
 
 
 def count_tokens(entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor, counts_NV: Tensor, known_N: Tensor) -> None:

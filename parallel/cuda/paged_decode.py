@@ -98,9 +98,9 @@ def _decode_kernel(
         num_new = tl.load(query_starts + sequence + 1) - query_start
         token_P, head_P = rows_P // count, first + rows_P % count
         there_P, last_seen_P = token_P < num_new, length - num_new + token_P
-        place_P = (query_start + token_P).to(tl.int64)
-        q_P = q + place_P * q_token_stride + head_P * HEAD_DIM
-        row_P, part_row_P = place_P * num_heads + head_P, (number.to(tl.int64) * TOKENS + token_P) * num_heads + head_P
+        query_P = (query_start + token_P).to(tl.int64)
+        q_P = q + query_P * q_token_stride + head_P * HEAD_DIM
+        row_P, part_row_P = query_P * num_heads + head_P, (number.to(tl.int64) * TOKENS + token_P) * num_heads + head_P
     else:
         there_P, head_P = rows_P < count, first + rows_P
         q_P = q + sequence.to(tl.int64) * q_token_stride + head_P * HEAD_DIM
@@ -124,9 +124,9 @@ def _decode_kernel(
     # Block numbers are loaded one tile ahead: if an address depends on a load of the same iteration, Triton pipelines only half as deep.
     block_L = load_blocks(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        place_L = kv_offsets(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
-        keys_WL = tl.trans(tl.load(keys + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
-        values_LW = tl.load(values + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
+        offset_L = kv_offsets(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        keys_WL = tl.trans(tl.load(keys + offset_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
+        values_LW = tl.load(values + offset_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
         if IN_PAIRS:
             even_WL, odd_WL = _of_pairs(keys_WL, IN_ASSEMBLY)
             scores_PL = tl.dot(odd_q_PW, odd_WL, acc=tl.dot(q_PW, even_WL))
@@ -177,15 +177,15 @@ def _merge_kernel(
     out_row = row
     if TOKENS > 1:
         sequence = tl.load(sequences + number // TOKENS)
-        place = tl.load(query_starts + sequence) + number % TOKENS
-        if place >= tl.load(query_starts + sequence + 1):
+        query = tl.load(query_starts + sequence) + number % TOKENS
+        if query >= tl.load(query_starts + sequence + 1):
             return
-        out_row = place.to(tl.int64) * num_heads + head
+        out_row = query.to(tl.int64) * num_heads + head
     parts_C, dims_K = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
     length = tl.load(lengths + sequence)
     lse_C = tl.load(part_lse + row * PARTS + parts_C)
-    place_CK = (row * PARTS + parts_C)[:, None] * HEAD_DIM + dims_K[None, :]
-    out_CK = tl.load(part_out + place_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
+    offset_CK = (row * PARTS + parts_C)[:, None] * HEAD_DIM + dims_K[None, :]
+    out_CK = tl.load(part_out + offset_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
     used = tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, TILE), PARTS), 1) * TILE)
     is_used_C = (parts_C < used) & (used > 1)
     lse_C = tl.where(is_used_C, lse_C, MASKED)

@@ -20,7 +20,7 @@ from parallel.quantisation import FP8, FP8_MAX
 from parallel.quantised_format import Kind, kind_of
 from parallel.weight_format import MAX_GEMV_ROWS
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FP8_BLOCK = 32768
 """Most features of a row that a program quantises at a time. Large, as quantising a single row is bound by memory latency."""
@@ -68,8 +68,8 @@ def _matmul_kernel(
         x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, padded_in_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
     )
     sum_RO += tl.load(bias + columns_O, mask=mask_O & (has_bias > 0), other=0.0).to(tl.float32)[None, :]
-    place_RO = row_R[:, None] * out_size + columns_O[None, :]
-    tl.store(out + place_RO, sum_RO.to(out.dtype.element_ty), mask=real_R[:, None] & mask_O[None, :])
+    offset_RO = row_R[:, None] * out_size + columns_O[None, :]
+    tl.store(out + offset_RO, sum_RO.to(out.dtype.element_ty), mask=real_R[:, None] & mask_O[None, :])
 
 
 def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,28 +90,28 @@ def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 def _dequantise_kernel(numbers, scales, out, first, in_size, row_size, num_groups, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Dequantises a block of bytes of one row. Each number times its scale is rounded once to the dtype of ``out``."""
     row = tl.program_id(0).to(tl.int64)
-    places_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_B = places_B < row_size
-    number_B = tl.load(numbers + (first + row) * row_size + places_B, mask=mask_B, other=0)
+    indices_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_B = indices_B < row_size
+    number_B = tl.load(numbers + (first + row) * row_size + indices_B, mask=mask_B, other=0)
     scales, out = scales + (first + row) * num_groups, out + row * in_size
     if KIND == "int4":
-        group_B = places_B // INT4_GROUP * 2
-        dims_B = places_B // INT4_GROUP * (2 * INT4_GROUP) + places_B % INT4_GROUP
+        group_B = indices_B // INT4_GROUP * 2
+        dims_B = indices_B // INT4_GROUP * (2 * INT4_GROUP) + indices_B % INT4_GROUP
         number_B = number_B.to(tl.int32)
         low_B = ((number_B & 15) - 8).to(tl.float32) * tl.load(scales + group_B, mask=mask_B, other=0.0).to(tl.float32)
         high_B = ((number_B >> 4) - 8).to(tl.float32) * tl.load(scales + group_B + 1, mask=mask_B, other=0.0).to(tl.float32)
         tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
         tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
     elif KIND == "int4_zeros":
-        dims_B = places_B // INT4_GROUP * (2 * INT4_GROUP) + places_B % INT4_GROUP
+        dims_B = indices_B // INT4_GROUP * (2 * INT4_GROUP) + indices_B % INT4_GROUP
         word_B, number_B = tl.load(scales + dims_B // ZERO_POINT_GROUP, mask=mask_B, other=0), number_B.to(tl.int32)
         low_B = ((number_B & 15) - group_zero(word_B)).to(tl.float32) * group_scale(word_B)
         high_B = ((number_B >> 4) - group_zero(word_B)).to(tl.float32) * group_scale(word_B)
         tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
         tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
     else:
-        scale_B = tl.load(scales + places_B // INT8_GROUP, mask=mask_B, other=0.0).to(tl.float32)
-        tl.store(out + places_B, (number_B.to(tl.float32) * scale_B).to(out.dtype.element_ty), mask=places_B < in_size)
+        scale_B = tl.load(scales + indices_B // INT8_GROUP, mask=mask_B, other=0.0).to(tl.float32)
+        tl.store(out + indices_B, (number_B.to(tl.float32) * scale_B).to(out.dtype.element_ty), mask=indices_B < in_size)
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
@@ -160,7 +160,7 @@ def _takes_rowwise_fp8(device: torch.device) -> bool:
     try:
         torch._scaled_mm(numbers, numbers.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-        log.warning("FP8 is multiplied by our own kernel however many rows there are, as torch's refuses it: %s", error)
+        logger.warning("FP8 is multiplied by our own kernel however many rows there are, as torch's refuses it: %s", error)
         return False
     return True
 

@@ -22,7 +22,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_KEPT = 4096
 """Cached launches per kernel before the cache is cleared, so that an argument that always changes does not fill memory."""
@@ -117,7 +117,7 @@ def _is_understood() -> bool:
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     understood = VERSION in LAUNCHES and type(driver.active).__name__ == "CudaDriver" and all(hasattr(hook, "calls") for hook in hooks)
     if not understood:
-        log.info("Triton %s launches its kernels by itself here: how to do that quicker is known of %s", triton.__version__, [*LAUNCHES])
+        logger.info("Triton %s launches its kernels by itself here: how to do that quicker is known of %s", triton.__version__, [*LAUNCHES])
     return understood
 
 

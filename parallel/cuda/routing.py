@@ -20,7 +20,7 @@ def _select_experts_kernel(
 ):  # fmt: skip
     """One token: a softmax over all experts, then the most probable ones one after the other; ties go to the lower number."""
     token = tl.program_id(0).to(tl.int64)
-    experts_E, places_A = tl.arange(0, PADDED), tl.arange(0, PLACES)
+    experts_E, indices_A = tl.arange(0, PADDED), tl.arange(0, PLACES)
     there_E = experts_E < num_experts
     logits_E = tl.load(logits + token * num_experts + experts_E, mask=there_E, other=float("-inf")).to(tl.float32)
     raised_E = tl.exp(logits_E - tl.max(logits_E, axis=0))
@@ -28,17 +28,17 @@ def _select_experts_kernel(
     # If logits are NaN, any experts will do as long as the ids are valid; the error is detected in the step's logits.
     left_E = tl.where(there_E, tl.where(probabilities_E == probabilities_E, probabilities_E, 2.0), -1.0)
     chosen_A, ids_A = tl.zeros([PLACES], tl.float32), tl.zeros([PLACES], tl.int32)
-    for place in tl.static_range(PER_TOKEN):
+    for index in tl.static_range(PER_TOKEN):
         best = tl.max(left_E, axis=0)
         expert = tl.min(tl.where(left_E == best, experts_E, PADDED), axis=0)
-        chosen_A = tl.where(places_A == place, tl.sum(tl.where(experts_E == expert, probabilities_E, 0.0), axis=0), chosen_A)
-        ids_A = tl.where(places_A == place, expert, ids_A)
+        chosen_A = tl.where(indices_A == index, tl.sum(tl.where(experts_E == expert, probabilities_E, 0.0), axis=0), chosen_A)
+        ids_A = tl.where(indices_A == index, expert, ids_A)
         left_E = tl.where(experts_E == expert, -1.0, left_E)
     if RENORMALISE:
         chosen_A = chosen_A / tl.sum(chosen_A, axis=0)
-    at_A = token * PER_TOKEN + places_A
-    tl.store(ids + at_A, ids_A.to(tl.int64), mask=places_A < PER_TOKEN)
-    tl.store(weights + at_A, chosen_A.to(weights.dtype.element_ty), mask=places_A < PER_TOKEN)
+    at_A = token * PER_TOKEN + indices_A
+    tl.store(ids + at_A, ids_A.to(tl.int64), mask=indices_A < PER_TOKEN)
+    tl.store(weights + at_A, chosen_A.to(weights.dtype.element_ty), mask=indices_A < PER_TOKEN)
 
 
 @quick

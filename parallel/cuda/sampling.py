@@ -109,14 +109,14 @@ def _candidates(
     """Writes the ids and keys of all logits at or above some threshold, in ascending order of id. Returns their number, which is at least
     ``wanted`` unless fewer are above minus infinity, and whether they are all that are above minus infinity. A number above ``FEW`` means
     that they did not fit and must not be used."""
-    places = tl.arange(0, STRETCHES)
+    indices = tl.arange(0, STRETCHES)
     num_stretches = tl.sum((highs > LOWEST).to(tl.int32), axis=0)
     low = tl.min(tl.where(highs > LOWEST, highs, highest), axis=0)
     low, _count = _reached(highs, wanted, low, highest, num_stretches, wanted + SLACK)
     bottom = tl.full([], KEY_OF_MINUS_INFINITY, tl.int32) + 1
     low = tl.where(num_stretches < wanted, bottom, tl.maximum(low, bottom))
     is_in = highs >= low
-    tl.store(stretches + tl.cumsum(is_in.to(tl.int32), axis=0) - 1, places, mask=is_in)
+    tl.store(stretches + tl.cumsum(is_in.to(tl.int32), axis=0) - 1, indices, mask=is_in)
     num_in = tl.sum(is_in.to(tl.int32), axis=0)
     tl.debug_barrier()
 
@@ -154,16 +154,16 @@ def _candidates(
 def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p, least, uniform, whole, width, FEW: tl.constexpr):
     """The id sampled among the candidates, and whether the candidates suffice to decide it. ``least``: the smallest weight that min-p
     keeps. ``whole``: the total weight of all ids if known, else negative."""
-    places = tl.arange(0, FEW)
-    there = places < found
-    keys = tl.load(keys_of + places, mask=there, other=LOWEST)
-    ids = tl.load(ids_of + places, mask=there, other=NO_ID)
+    indices = tl.arange(0, FEW)
+    there = indices < found
+    keys = tl.load(keys_of + indices, mask=there, other=LOWEST)
+    ids = tl.load(ids_of + indices, mask=there, other=NO_ID)
     weights = sampling_weights(keys, highest, scale)
     ranks, before = tl.zeros([FEW], tl.int32), tl.zeros([FEW], tl.int64)
     for start in range(0, FEW, 32):  # the canonical order: by falling logit, then by rising id
         others = start + tl.arange(0, 32)
         their_keys = tl.load(keys_of + others, mask=others < found, other=LOWEST)
-        is_before = (their_keys[None, :] > keys[:, None]) | ((their_keys[None, :] == keys[:, None]) & (others[None, :] < places[:, None]))
+        is_before = (their_keys[None, :] > keys[:, None]) | ((their_keys[None, :] == keys[:, None]) & (others[None, :] < indices[:, None]))
         is_before = is_before & (others < found)[None, :]
         ranks += tl.sum(is_before.to(tl.int32), axis=1)
         before += tl.sum(tl.where(is_before, sampling_weights(their_keys, highest, scale)[None, :], 0), axis=1)
@@ -242,9 +242,9 @@ def _rows_kernel(
                 if (kind == FILTERED) & (top_k >= width):
                     whole = tl.sum(tl.load(weights_of_parts + number * num_parts + parts, mask=parts < num_parts, other=0), axis=0)
             wanted = tl.minimum(top_k, MAX_WANTED).to(tl.int32)
-            places = tl.arange(0, STRETCHES)
-            there = places < num_parts * (PART // STRETCH)
-            stretch_highs = tl.load(highest_of_stretches + number * num_parts * (PART // STRETCH) + places, mask=there, other=LOWEST)
+            indices = tl.arange(0, STRETCHES)
+            there = indices < num_parts * (PART // STRETCH)
+            stretch_highs = tl.load(highest_of_stretches + number * num_parts * (PART // STRETCH) + indices, mask=there, other=LOWEST)
             row_ids, row_keys = ids_of + number * ROOM, keys_of + number * ROOM
             found, are_all = _candidates(
                 row, stretch_highs, highest, wanted, stretches + number * STRETCHES, row_ids, row_keys, width, readable,

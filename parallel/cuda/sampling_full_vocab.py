@@ -105,8 +105,8 @@ def _draw_kernel(
             keys = load_keys(row, ids, width, readable)
             weights = sampling_weights(keys, highest, scale)
             is_equal = (((keys >> SHIFT) == key.to(tl.int32)) & (keys > LOWEST)).to(tl.int64)
-            place = num_equal + tl.cumsum(is_equal, axis=0) - is_equal
-            is_kept = (((keys >> SHIFT) > key.to(tl.int32)) | ((is_equal > 0) & (place < rest))) & (weights >= least)
+            tie_index = num_equal + tl.cumsum(is_equal, axis=0) - is_equal
+            is_kept = (((keys >> SHIFT) > key.to(tl.int32)) | ((is_equal > 0) & (tie_index < rest))) & (weights >= least)
             weights = tl.where(is_kept, weights, 0)
             sums = passed + tl.cumsum(weights, axis=0)
             found = tl.minimum(found, tl.min(tl.where(is_kept & (sums > target), ids, NO_ID), axis=0))

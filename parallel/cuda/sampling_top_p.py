@@ -160,8 +160,8 @@ def _draw_kernel(
         keys = load_keys(logits + row * row_stride, ids, width, readable)
         weights = sampling_weights(keys, highest, scale)
         is_equal = (((keys >> SHIFT) == end) & (keys > LOWEST)).to(tl.int64)
-        place = equals_passed + tl.cumsum(is_equal, axis=0) - is_equal
-        is_left = (((keys >> SHIFT) > end) | ((is_equal > 0) & (place < rest))) & (weights >= least)
+        tie_index = equals_passed + tl.cumsum(is_equal, axis=0) - is_equal
+        is_left = (((keys >> SHIFT) > end) | ((is_equal > 0) & (tie_index < rest))) & (weights >= least)
         reached = passed + tl.cumsum(tl.where(is_left, weights, 0), axis=0)
         found = tl.min(tl.where(is_left & (reached > target), ids, NO_ID), axis=0)
         tl.store(chosen + row, tl.minimum(found, width - 1).to(tl.int64))

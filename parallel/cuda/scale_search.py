@@ -30,8 +30,8 @@ def _choose_scales_kernel(
 ):  # fmt: skip
     group_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask_B = group_B < num_groups
-    place_BC = group_B[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    weight_BC = tl.load(weights + place_BC, mask=mask_B[:, None], other=0.0)
+    offset_BC = group_B[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    weight_BC = tl.load(weights + offset_BC, mask=mask_B[:, None], other=0.0)
     top_B, bottom_B = tl.max(weight_BC, axis=1), tl.max(-weight_BC, axis=1)
     most_B = tl.maximum(top_B, bottom_B)
     is_sound_B = tl.sum(weight_BC * 0, axis=1) == 0
@@ -56,7 +56,7 @@ def _choose_scales_kernel(
     is_none_B = (held_B == 0) | (is_any_B == 0)
     back_B = tl.where(is_none_B, 0.0, tl.div_rn(tl.full([BLOCK], 1.0, tl.float32), tl.where(is_none_B, 1.0, held_B)))
     number_BC = tl.minimum(tl.maximum(weight_BC * back_B[:, None] + ROUNDER - ROUNDER, -8), 7)
-    tl.store(numbers + place_BC, number_BC.to(tl.int8), mask=mask_B[:, None])
+    tl.store(numbers + offset_BC, number_BC.to(tl.int8), mask=mask_B[:, None])
     tl.store(scales + group_B, scale_B, mask=mask_B)
 
 

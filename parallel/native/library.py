@@ -19,7 +19,7 @@ import torch
 
 from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "built"
@@ -101,7 +101,7 @@ def native() -> Native | None:
             raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
         library = Native(built_path(variant), variant)
     except (Unavailable, OSError) as reason:
-        log.info("computing without our own CPU kernels: %s", reason)
+        logger.info("computing without our own CPU kernels: %s", reason)
         return None
     return library
 

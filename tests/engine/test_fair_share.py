@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.admission import RESERVE_DIVISOR
 from engine.config import EngineConfig
 from engine.executor import Capacity
-from engine.fair_share import CLEARLY_LESS, HEAD_START, MAX_OVERFULL, OUTPUT_COST, FairShare
+from engine.fair_share import MAX_CREDIT, MAX_QUEUE_FACTOR, OUTPUT_COST, RESERVE_GAP, FairShare
 from engine.plan import SampledTokens, StepResult
 from engine.policy import FirstComeFirstServed
 from engine.request import Request, SamplingParams
@@ -111,7 +111,7 @@ def test_a_returning_tenant_gets_at_most_the_head_start(share: float) -> None:
     policy.on_arrival(busy, [])
     policy.on_sampled(busy.request, 100_000)
     policy.on_arrival(back, [busy])
-    assert policy.served("back") == policy.served("busy") - HEAD_START / share
+    assert policy.served("back") == policy.served("busy") - MAX_CREDIT / share
 
 
 def test_a_returning_tenant_gets_at_most_the_head_start_when_the_queue_is_empty() -> None:
@@ -121,7 +121,7 @@ def test_a_returning_tenant_gets_at_most_the_head_start_when_the_queue_is_empty(
     policy.on_admission(busy)
     policy.on_sampled(busy.request, 100_000)
     policy.on_arrival(back, [])
-    assert policy.served("back") == policy.served("busy") - HEAD_START
+    assert policy.served("back") == policy.served("busy") - MAX_CREDIT
 
 
 def test_a_waiting_or_little_served_tenant_gets_no_further_head_start() -> None:
@@ -132,7 +132,7 @@ def test_a_waiting_or_little_served_tenant_gets_no_further_head_start() -> None:
     for _ in range(2):
         policy.on_arrival(back, [busy])
         policy.on_sampled(back.request, 100)
-    assert policy.served("back") == policy.served("busy") - HEAD_START + 2 * 100 * OUTPUT_COST
+    assert policy.served("back") == policy.served("busy") - MAX_CREDIT + 2 * 100 * OUTPUT_COST
 
 
 def crowded(num_greedy: int, served: float = 0.0) -> Scheduler:
@@ -147,7 +147,7 @@ def crowded(num_greedy: int, served: float = 0.0) -> Scheduler:
 
 
 def test_the_last_running_slots_are_reserved_for_active_tenants_served_less() -> None:
-    scheduler = crowded(40, served=CLEARLY_LESS + 1)
+    scheduler = crowded(40, served=RESERVE_GAP + 1)
     scheduler.add(request("modest", 0, output=1))
     for _ in range(5):
         step(scheduler)
@@ -163,13 +163,13 @@ def test_what_counts_as_clearly_less_depends_on_the_share() -> None:
     policy.on_arrival(greedy, [])
     policy.on_sampled(greedy.request, 100_000)
     policy.on_arrival(modest, [greedy])
-    assert policy.served("greedy") - policy.served("modest") < CLEARLY_LESS
+    assert policy.served("greedy") - policy.served("modest") < RESERVE_GAP
     assert policy.must_leave_reserve(greedy)
     assert not policy.must_leave_reserve(modest)
 
 
 def test_nothing_is_reserved_without_other_active_tenants() -> None:
-    scheduler = crowded(40, served=CLEARLY_LESS + 1)
+    scheduler = crowded(40, served=RESERVE_GAP + 1)
     for _ in range(5):
         step(scheduler)
     assert scheduler.num_running == 32
@@ -189,7 +189,7 @@ def test_blocks_are_reserved_too_unless_nothing_runs() -> None:
     scheduler = Scheduler(config, Capacity(num_blocks=64, block_tokens=4, max_context_tokens=256), policy=policy)
     policy.on_arrival(waiting(request("modest", 9))[0], [])
     policy.on_sampled(request("modest", 9), 1)
-    policy.on_sampled(request("greedy", 9), int(CLEARLY_LESS))
+    policy.on_sampled(request("greedy", 9), int(RESERVE_GAP))
     scheduler.add(request("greedy", 0, prompt=244, output=1))  # 61 of 64 blocks
     assert step(scheduler) == ["greedy0"]
     scheduler.add(request("greedy", 1, prompt=40, output=100))
@@ -224,7 +224,7 @@ def test_a_full_queue_accepts_tenants_below_their_part() -> None:
 
 def test_the_queue_exceeds_its_limit_only_so_far() -> None:
     policy, limit = FairShare(), 4
-    queue = waiting(*(request(str(index), 0) for index in range(MAX_OVERFULL * limit)))
+    queue = waiting(*(request(str(index), 0) for index in range(MAX_QUEUE_FACTOR * limit)))
     assert not policy.may_queue(request("new", 0), queue, limit)
 
 

@@ -29,11 +29,11 @@ def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(symmetric_memory, "BUFFER_BYTES", BUFFER_BYTES)
         monkeypatch.setattr(symmetric_memory, "_replayed", maker.capture)
-        symmetric_memory.log.addHandler(handler)
+        symmetric_memory.logger.addHandler(handler)
         try:
             return open_symmetric_memory(groups.world.transport.process_group, CPU, name="ranks 0, 1 (tp)", maker=maker), "".join(said)
         finally:
-            symmetric_memory.log.removeHandler(handler)
+            symmetric_memory.logger.removeHandler(handler)
 
 
 def sums(groups: ParallelGroups, has_multicast: tuple[bool, bool]) -> tuple[list[tuple[str, Tensor, Tensor]], str]:

@@ -20,7 +20,7 @@ for half a second of its time."""
 MAX_IDLE_LOAD = 0.3
 """An idle process uses at most this fraction of a core."""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
@@ -71,10 +71,10 @@ class LazyCompiler:
                 try:
                     self._made = self._make()
                 except BaseException as error:  # a panic in llguidance is not an Exception
-                    log.exception("grammars cannot be compiled for this model's vocabulary")
+                    logger.exception("grammars cannot be compiled for this model's vocabulary")
                     self._fault = f"no grammar can be compiled for this model's vocabulary: {error}"
                 else:
-                    log.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
+                    logger.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
             if self._made is None:
                 raise GrammarFailed(self._fault)
             return self._made
