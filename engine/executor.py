@@ -44,9 +44,13 @@ class Executor(Protocol):
     """Computes steps in the order in which they are submitted. Implementations: in this process, child processes, and Ray workers."""
 
     @property
-    def capacity(self) -> Capacity: ...
+    def capacity(self) -> Capacity:
+        """What all ranks can hold and do; it does not change."""
+        ...
 
-    def submit(self, plan: StepPlan) -> PendingStep: ...
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Hand a plan to all ranks. Its result is waited for by `PendingStep.result`."""
+        ...
 
     def close(self) -> None:
         """End the ranks and free their resources. Idempotent."""

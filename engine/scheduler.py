@@ -1,4 +1,4 @@
-"""Places 7 and 12 of a request: owns all sequences, has the planner plan steps, and records what they yielded."""
+"""Places 7 and 12 of a request: holds all sequences, has the planner plan steps, and records what they yielded."""
 
 from array import array
 

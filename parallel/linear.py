@@ -71,6 +71,7 @@ class Linear(nn.Module):
         return isinstance(self.format, StreamingFormat)
 
     def allocate(self, device: torch.device) -> None:
+        """Allocate this rank's share of the weights, uninitialised."""
         for name, spec in self._specs.items():
             shape = tuple(self._local_size(axis.name, axis.pack) for axis in spec.axes)
             if name == "weight" and isinstance(self.format, StreamingFormat):

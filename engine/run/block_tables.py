@@ -13,7 +13,7 @@ class BlockTables:
         self._lengths = np.zeros(16, np.int64)
         self._row: dict[int, int] = {}
         self._free = list(range(16))
-        self._latest: tuple[np.ndarray, np.ndarray] | None = None
+        self._cached_for: tuple[np.ndarray, np.ndarray] | None = None
         """The last argument of `rows_of` and its result. Most steps ask for the same sequences again."""
 
     def __repr__(self) -> str:
@@ -38,7 +38,7 @@ class BlockTables:
         row = self._row.pop(sequence, None)
         if row is not None:
             self._free.append(row)
-            self._latest = None
+            self._cached_for = None
 
     def append(self, work: Work) -> None:
         """Append the work's new blocks."""
@@ -70,9 +70,9 @@ class BlockTables:
 
     def rows_of(self, sequences_S: np.ndarray) -> np.ndarray:
         """Like `rows`, for an array, which must not be changed afterwards. Returns the same array for the same sequences."""
-        if self._latest is None or not np.array_equal(self._latest[0], sequences_S):
-            self._latest = sequences_S, self.rows(sequences_S.tolist())
-        return self._latest[1]
+        if self._cached_for is None or not np.array_equal(self._cached_for[0], sequences_S):
+            self._cached_for = sequences_S, self.rows(sequences_S.tolist())
+        return self._cached_for[1]
 
     def at(self, rows_S: np.ndarray, positions_S: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """The block (S) that holds each row's position, arbitrary where the row has none for it, and for how many tokens each row has

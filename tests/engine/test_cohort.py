@@ -1,4 +1,4 @@
-"""The cohort against its slow twin: the same engine with an empty cohort."""
+"""The cohort against its reference: the same engine with an empty cohort."""
 
 import random
 
