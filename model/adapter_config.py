@@ -172,7 +172,7 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Like PEFT's `get_pattern_key`."""
+    """Like PEFT's ``get_pattern_key``."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 

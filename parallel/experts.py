@@ -173,7 +173,7 @@ class RoutedExperts(nn.Module):
     def _compute(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """The contribution of this rank's experts to each row, by the fastest available implementation.
 
-        (`torch.nn.functional.grouped_mm` measured the same as one expert after the other on CPU in torch 2.13.)
+        (``torch.nn.functional.grouped_mm`` measured the same as one expert after the other on CPU in torch 2.13.)
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)

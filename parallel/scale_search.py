@@ -1,7 +1,7 @@
 """Search for the int4 scale of a group that minimises the weighted squared error. C weights of a group.
 
 Several scales are tried that map the weight of largest magnitude to about -8. For the candidate that explains most of the group, the scale
-is refitted to the quantised numbers by least squares (as llama.cpp's `make_qx_quants` does). An error is weighted by the magnitude of its
+is refitted to the quantised numbers by least squares (as llama.cpp's ``make_qx_quants`` does). An error is weighted by the magnitude of its
 weight plus the group's mean magnitude: large weights tend to meet large activations.
 
 CPU kernel, GPU kernel and plain torch give identical bits: whatever decides is computed in integers below 2^24, so neither the order of

@@ -122,7 +122,7 @@ class FrontEndpoint:
         """The sender for an address, replaced if its connection is lost. Closes the senders of proxies that are gone.
 
         Raises:
-            NoSocket: none can be made.
+            SocketUnavailable: none can be opened.
         """
         sender = self._senders.get(address)
         if sender is None or sender.is_lost:

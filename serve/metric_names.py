@@ -43,11 +43,11 @@ SECONDS = (
     320.0,
     640.0,
 )
-"""OpenTelemetry's boundaries for `gen_ai.server.time_to_first_token`, extended to the times of long queues and answers."""
+"""OpenTelemetry's boundaries for ``gen_ai.server.time_to_first_token``, extended to the times of long queues and answers."""
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
-"""OpenTelemetry's boundaries for `gen_ai.server.time_per_output_token`, extended at both ends."""
+"""OpenTelemetry's boundaries for ``gen_ai.server.time_per_output_token``, extended at both ends."""
 TOKENS = tuple(float(4**power) for power in range(11))
-"""1 to 1,048,576, OpenTelemetry's boundaries for `gen_ai.client.token.usage`."""
+"""1 to 1,048,576, OpenTelemetry's boundaries for ``gen_ai.client.token.usage``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Experts for OpenVINO. Its GGUF reader does not support them: it reads a dense model whose MLP is the shared expert, and the routed
 experts are added to the graph.
 
-They have the form that the CPU plugin recognises (`ConvertTiledMoeBlockTo3GatherMatmuls`; optimum-intel exports such models in it), so
+They have the form that the CPU plugin recognises (``ConvertTiledMoeBlockTo3GatherMatmuls``; optimum-intel exports such models in it), so
 that each token is computed by its own experts only. N tokens, D model width, E experts, A of them per token, I their inner width.
 """
 

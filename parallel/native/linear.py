@@ -295,7 +295,7 @@ def _pack_into(packed: Packed, weight_NK: Tensor) -> None:
     panels = weight_NK.contiguous().unflatten(0, (num_panels, 2 * lanes))
     if kind == "fp32":
         numbers.copy_(panels.transpose(1, 2))
-    elif kind == "bf16":  # output `lane` in the low half of a 32-bit word, output `lanes + lane` in the high half
+    elif kind == "bf16":  # output ``lane`` in the low half of a 32-bit word, output ``lanes + lane`` in the high half
         numbers.unflatten(2, (lanes, 2)).copy_(panels.unflatten(1, (2, lanes)).permute(0, 3, 2, 1))
     elif kind == "bf16_dot":  # two neighbouring features stay together: they are moved as one 32-bit word
         numbers.view(torch.int32).squeeze(-1).copy_(panels.bfloat16().view(torch.int32).transpose(1, 2))
