@@ -9,7 +9,7 @@ stops = st.lists(st.text(alphabet="ab\n🙂", min_size=1, max_size=4), max_size=
 
 
 def expected(text: str, stop_strings: list[str]) -> tuple[str, str | None]:
-    """The slow twin: look at every beginning of the text in turn, for the longest stop string that it ends with."""
+    """The slow reference: look at every beginning of the text in turn, for the longest stop string that it ends with."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stop_strings if text[:end].endswith(stop)]
         if ending:
