@@ -28,7 +28,7 @@ bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int
 
 PEERS := $(HOME)/.cache/manta/benchmarks
 BENCH_PEERS ?= --rounds 5
-bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO, ONNX Runtime, vLLM and transformers, round after round (builds llama.cpp)
+bench-peers: $(READY_TEST)  ## The same compared with llama.cpp, OpenVINO, ONNX Runtime, vLLM and transformers, round after round (builds llama.cpp)
 	benchmarks/peers/set_up.sh $(PEERS) $(PYTHON)
 	$(PIP) install --quiet --group bench
 	$(BIN)/python -m benchmarks.run --fresh --shape dense --shape moe $(BENCH_PEERS) --peer llama_cpp=$(PEERS)/peers/bin/python \
