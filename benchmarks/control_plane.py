@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--churn", action="store_true", help="answers of 20 to 219 tokens, each followed by another request")
-    parser.add_argument("--speculate", choices=["lookup"], help="let the engine guess")
+    parser.add_argument("--speculate", choices=["lookup"], help="with speculative decoding")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rounds, with_far_ends = [], []

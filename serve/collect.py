@@ -1,4 +1,4 @@
-"""Step 13 of an unstreamed request: adds up the events of a stream into one result."""
+"""Place 13 of an unstreamed request: adds up the events of a stream into one result."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

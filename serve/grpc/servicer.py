@@ -163,7 +163,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         return parse_so_far(message.so_far)
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
-        """Step 2: authenticates the call and checks the size of its message."""
+        """Place 2: authenticates the call and checks the size of its message."""
         caller = caller_of(context, self._authenticator, Scope.INFER)
         trace_place(2, request_id)
         self._check_size(message)

@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a chat request over HTTP: POST /v1/chat/completions."""
+"""Places 1 and 14 of a chat request over HTTP: POST /v1/chat/completions."""
 
 from collections.abc import Iterator
 from typing import Any

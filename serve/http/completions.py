@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a completion request over HTTP: POST /v1/completions."""
+"""Places 1 and 14 of a completion request over HTTP: POST /v1/completions."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Step 14 of a streamed request over HTTP: text events become server-sent events."""
+"""Place 14 of a streamed request over HTTP: text events become server-sent events."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable

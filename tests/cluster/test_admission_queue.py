@@ -54,7 +54,7 @@ async def test_more_than_may_wait_are_refused_at_once_and_told_when_to_come_back
     with queue.hold(asking("a")):
         now = 17.4
     with queue.hold(asking("b")), pytest.raises(NoReplicaReady) as refused, queue.hold(asking("c")):
-        raise AssertionError("there was no seat")
+        raise AssertionError("the request was not refused")
     assert refused.value.retry_after_s == 17
     assert queue.num_held == 0
 

@@ -66,7 +66,7 @@ def test_from_zero_to_two_and_back_without_losing_a_request(server: Server) -> N
     with ThreadPoolExecutor(40) as clients:
         streams: list[Future[tuple[int, bool]]] = []
         until = time.monotonic() + WAIT_S
-        while len(server.ranks()) < 4 and time.monotonic() < until:  # more than one replica has seats for
+        while len(server.ranks()) < 4 and time.monotonic() < until:  # more than one replica has room for
             streams = [stream for stream in streams if not stream.done() or stream.result() == (200, True)]
             streams += [clients.submit(streamed, server, 200) for _ in range(24 - sum(not stream.done() for stream in streams))]
             time.sleep(0.5)
