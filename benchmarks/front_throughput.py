@@ -190,7 +190,7 @@ async def with_frames(front: Front, number: int, count: Count) -> None:
         session="",
         caller=ANONYMOUS,
         priority=0,
-        wants_ledger=False,
+        wants_timing=False,
         deadline_s=None,
         idempotency_key="",
     )

@@ -70,7 +70,7 @@ def _check_connection(address: str, head: str) -> None:
     except OSError as error:
         raise CannotJoin(
             f"the Ray cluster at {address} could not be joined: its head takes no connection at {head} ({error}); "
-            "while it is away other host_resources go on serving"
+            "while it is away other hosts go on serving"
         ) from error
 
 

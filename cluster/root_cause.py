@@ -17,8 +17,9 @@ from cluster.worker_handles import WorkerHandle
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
 
-ABOUT_PEERS = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited", "exchangefailed")
-"""Parts of the error of a rank that lost the connection to another rank, as gloo, NCCL and our shared-memory collectives report it."""
+ABOUT_PEERS = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited", "collectivefailed")
+"""Parts, in lower case, of the error of a rank that lost the connection to another rank, as gloo, NCCL and our shared-memory collectives
+(`CollectiveFailed`) report it."""
 PERHAPS_ABOUT_PEERS = ("nccl", "gloo")
 """Parts of errors that may be due to another rank or to the rank itself."""
 ABORTED = "Aborted"

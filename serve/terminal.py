@@ -22,8 +22,8 @@ DUMB = ("dumb", "unknown")
 
 
 def results() -> Console:
-    """A console for stdout."""
-    console = Console(highlight=False)
+    """A console for stdout that prints texts as they are: `[red]` and `:smile:` mean nothing in them."""
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = UNLIMITED
     return console
@@ -99,8 +99,13 @@ class ColumnTable:
         for column in (self._columns[at] for at in block):
             table.add_column(column.heading, justify="left" if column.is_text else "right", overflow="fold", no_wrap=not column.wraps)
         for row in self._rows:
-            table.add_row(*(row[at] for at in block))
+            table.add_row(*(_as_text(row[at]) for at in block))
         return table
+
+
+def _as_text(cell: str | Text) -> Text:
+    """The cell; a `str` as it is. Rich would read markup and names of emoji in it."""
+    return cell if isinstance(cell, Text) else Text(cell)
 
 
 def _length(cell: str | Text) -> int:

@@ -35,7 +35,7 @@ def chat(
       manta chat "Why is the sky blue?"               one answer
       manta chat                                      a conversation
       git diff | manta chat --system "Review this."   standard input is the prompt
-      manta chat --endpoint grpcs://models.example    another server
+      manta chat --endpoint grpcs://example.org:443   another server
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a failed handshake is reported below, not by the library
     from manta_client import Client, MantaError, Unavailable

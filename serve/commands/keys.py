@@ -86,7 +86,7 @@ def list_keys(file: File = None) -> None:
         console.print(ColumnTable(columns, [cells(key) for key in present]))
     else:  # a line each, for programs
         for key in present:
-            console.print("  ".join(cells(key)), markup=False)
+            typer.echo("  ".join(cells(key)))
 
 
 @keys.command()

@@ -21,7 +21,7 @@ def progress_shown() -> Iterator[Report]:
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:<32}"),
+        TextColumn("{task.description:<32}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),

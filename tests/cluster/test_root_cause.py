@@ -10,6 +10,7 @@ from cluster.peer_liveness import PeerStatus
 from cluster.root_cause import _reason, diagnose_loss
 from cluster.worker import WorkerLocation, crash_report_path
 from cluster.worker_handles import WorkerHandle
+from parallel.native.shared_memory_collectives import CollectiveFailed
 
 ABORTED = "Fatal Python error: Aborted"
 
@@ -86,3 +87,14 @@ def test_who_was_told_to_end_was_ended_from_outside(tmp_path: Path) -> None:
     told, waits = workers(tmp_path)
     told.failure = RankFailed(0, "h", 7, "SystemExit: 1", "Traceback", was_terminated=True)
     assert diagnose_loss((told, waits), 7, None).from_outside
+
+
+def test_a_failed_collective_is_about_a_peer(tmp_path: Path) -> None:
+    """The replica sees only the message of a rank's error, with the name of its type: see `Worker._report_failure`."""
+    complains, fails = workers(tmp_path)
+    error = CollectiveFailed("has left it", 1)
+    complains.failure = RankFailed(0, "h", 7, f"{type(error).__name__}: {error}", "Traceback")
+    assert diagnose_loss((complains, fails), 7, None).from_outside
+    fails.failure = RankFailed(1, "h", 7, "ValueError: a mistake", "Traceback")
+    loss = diagnose_loss((complains, fails), 7, None)
+    assert (loss.rank, loss.from_outside) == (1, False)

@@ -13,6 +13,7 @@ import manta_client
 import pytest
 import yaml
 from grpc import StatusCode
+from manta_client.endpoint import Endpoint
 from typer.testing import CliRunner, Result
 
 from serve.cli import app
@@ -227,6 +228,11 @@ def test_chat_without_a_server_says_so_without_a_traceback() -> None:
     assert done.exit_code == 1
     assert "manta serve demo" in done.output
     assert "Traceback" not in done.output
+
+
+def test_the_endpoint_in_the_help_of_chat_is_one() -> None:
+    (example,) = re.findall(r"--endpoint (\w+://\S+)", manta("chat", "--help").stdout)
+    assert Endpoint.parse(example).secure
 
 
 def test_chat_refuses_what_is_no_endpoint() -> None:

@@ -38,6 +38,16 @@ def test_the_list_shows_everything_but_keys(path: Path) -> None:
     assert read_keys(path)[0].secrets[0].sha256 not in listed
 
 
+@pytest.mark.parametrize("name", ["[team] alice", "a[/b]", ":smile:"])
+def test_the_list_shows_names_as_they_are(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys(path, "create", "--name", name)
+    assert name in keys(path, "list")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any output for a terminal
+    shown = keys(path, "list")
+    assert "quotas" in shown, "the table has headings"
+    assert name in shown
+
+
 def test_a_revoked_key_is_refused(path: Path) -> None:
     gone, stays = keys(path, "create"), keys(path, "create")
     keys(path, "revoke", read_keys(path)[0].id)

@@ -68,6 +68,12 @@ def test_a_row_has_a_cell_for_each_column() -> None:
         ColumnTable(COLUMNS, [("a", "b")])
 
 
+def test_a_cell_is_shown_as_it_is() -> None:
+    names = ("[team] alice", "a[/b]", "[red]x", ":smile:")
+    shown = lines(ColumnTable(COLUMNS, [(name, "1", "", "", "") for name in names]), UNLIMITED)
+    assert [line.removesuffix("1").strip() for line in (line.rstrip() for line in shown[2:])] == list(names)
+
+
 def test_the_tables_of_the_commands_fit_80_columns() -> None:
     host, record = SEEN.hosts[0], replace(READY, last_loss="rank 1 on gpu-1 was lost: it was killed by signal 9", num_restarts=2)
     wide = replace(SEEN, hosts=(replace(host, name="a-host-with-a-rather-long-name-1"),), replicas=(("manta", record),))
