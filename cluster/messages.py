@@ -14,7 +14,8 @@ from engine.load_stats import LoadStats
 from engine.plan import StepPlan, StepResult, TokenEvent
 from engine.request import Request
 
-VERSION = 1
+VERSION = 2
+"""Raised when a message changes."""
 
 
 @dataclass(frozen=True, slots=True)

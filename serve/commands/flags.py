@@ -56,7 +56,7 @@ KV_AND_CONTEXT = (
     Flag("runner.max_context_tokens", ("--max-context-tokens",), int, "Limit of prompt plus answer, below the model's own."),
 )
 DRAFTING = (
-    Flag("engine.speculate", ("--speculate",), str, "Speculative decoding: lookup (n-gram) or draft (--draft-model)."),
+    Flag("engine.speculate", ("--speculate",), str, "Speculative decoding, same answers: lookup (n-gram) or draft (--draft-model)."),
     Flag("runner.draft_model", ("--draft-model",), str, "Draft model with the same vocabulary, given like MODEL."),
 )
 FRONTS = (
