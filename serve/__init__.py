@@ -1,1 +1,1 @@
-"""What the world sees: settings, the service core, and its HTTP and gRPC fronts."""
+"""What the world sees: settings, the service core, and its HTTP and gRPC APIs."""

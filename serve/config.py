@@ -129,7 +129,7 @@ class FrontsSettings(Section):
 
 
 class HttpSettings(Section):
-    """The HTTP front."""
+    """The HTTP API."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = all addresses."""
@@ -146,7 +146,7 @@ class HttpSettings(Section):
 
 
 class GrpcSettings(Section):
-    """The gRPC front."""
+    """The gRPC API."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = all addresses."""
@@ -314,7 +314,7 @@ class ServeConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _fronts_do_not_collide(self) -> "ServeConfig":
+    def _ports_differ(self) -> "ServeConfig":
         if self.http.port == self.grpc.port:
             raise ValueError(f"http.port and grpc.port are both {self.http.port}; choose two")
         return self

@@ -162,7 +162,7 @@ class QuotaExceeded(ServeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorMapping:
-    """How both fronts report one class of errors."""
+    """How HTTP and gRPC report one class of errors."""
 
     http: int
     """HTTP status."""
@@ -251,7 +251,7 @@ class ErrorBody:
 
 
 def describe(error: BaseException) -> ErrorBody:
-    """How both fronts report ``error``. An error that is not in the table is logged under an id, and the client sees only the id."""
+    """How HTTP and gRPC report ``error``. An error that is not in the table is logged under an id, and the client sees only the id."""
     mapping = next((ERROR_MAPPINGS[kind] for kind in type(error).__mro__ if kind in ERROR_MAPPINGS), INTERNAL)
     return ErrorBody(
         message=_log_internal(error) if mapping is INTERNAL else truncate(mapping.message or str(error) or mapping.code, MAX_MESSAGE_CHARS),

@@ -10,13 +10,13 @@ EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  (compared, not bound)
 
 def exposure(config: ServeConfig) -> list[str]:
     """The warnings; none if only this machine can reach the ports, or keys and TLS are set."""
-    fronts = {front: host for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)) if not is_loopback(host)}
-    if not fronts:
+    apis = {api: host for api, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)) if not is_loopback(host)}
+    if not apis:
         return []
     if config.auth.keys_file is None:
         return [
-            f"NOBODY IS ASKED FOR A KEY, and {_where(fronts)}: whoever reaches that can use the models"
-            f"{', and over gRPC end the requests of others and drain the server' if 'gRPC' in fronts else ''}. "
+            f"NOBODY IS ASKED FOR A KEY, and {_where(apis)}: whoever reaches that can use the models"
+            f"{', and over gRPC end the requests of others and drain the server' if 'gRPC' in apis else ''}. "
             "`manta keys create` makes keys; auth.keys_file names their file."
         ]
     if config.grpc.certificate is None and not is_loopback(config.grpc.host):
@@ -24,11 +24,11 @@ def exposure(config: ServeConfig) -> list[str]:
     return []
 
 
-def _where(fronts: Mapping[str, str]) -> str:
-    """``fronts``: the address by front."""
+def _where(apis: Mapping[str, str]) -> str:
+    """``apis``: the address of each API by its name."""
     by_address: dict[str, list[str]] = {}
-    for front, host in fronts.items():
-        by_address.setdefault("every address of this machine" if host in EVERY_ADDRESS else host, []).append(front)
+    for api, host in apis.items():
+        by_address.setdefault("every address of this machine" if host in EVERY_ADDRESS else host, []).append(api)
     return " and ".join(f"{' and '.join(names)} listen{'s' * (len(names) == 1)} on {address}" for address, names in by_address.items())
 
 

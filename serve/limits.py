@@ -80,7 +80,7 @@ class Limits:
 
     @property
     def entries(self) -> Mapping[str, int]:
-        """The most entries of lists and maps in a request, by their names in either front. Both fronts check them before they read an
+        """The most entries of lists and maps in a request, by their names in HTTP or gRPC. Both check them before they read an
         entry, because a body of four megabytes can hold millions."""
         return {
             "messages": self.messages,

@@ -1,4 +1,4 @@
-"""Check that the fronts' ports are free before anything is started."""
+"""Check that the ports of the HTTP and gRPC APIs are free before anything is started."""
 
 import errno
 import socket
@@ -9,29 +9,29 @@ if TYPE_CHECKING:
 
 
 class PortInUse(RuntimeError):
-    def __init__(self, *, host: str, port: int, front: str, error: OSError) -> None:
+    def __init__(self, *, host: str, port: int, api: str, error: OSError) -> None:
         if error.errno == errno.EADDRINUSE:
-            message = f"something listens on {host}:{port} already, perhaps another `manta serve`; choose another port with --{front}-port"
+            message = f"something listens on {host}:{port} already, perhaps another `manta serve`; choose another port with --{api}-port"
         elif error.errno == errno.EADDRNOTAVAIL:
-            message = f"{host} is no address of this host; choose one with --{front}-host"
+            message = f"{host} is no address of this host; choose one with --{api}-host"
         else:
-            message = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another with --{front}-host and --{front}-port"
+            message = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another with --{api}-host and --{api}-port"
         super().__init__(message)
         self.host, self.port = host, port
 
 
 def check_ports(config: "ServeConfig") -> None:
-    """Check both fronts' ports. Ray Serve's proxies set SO_REUSEPORT: a second server would share the port and get half of the requests.
+    """Check the HTTP and the gRPC port. Ray Serve's proxies set SO_REUSEPORT: a second server would share it and get half of the requests.
 
     Raises:
         PortInUse: see `check_free`.
     """
-    check_free(config.http.host, config.http.port, front="http")
-    check_free(config.grpc.host, config.grpc.port, front="grpc")
+    check_free(config.http.host, config.http.port, api="http")
+    check_free(config.grpc.host, config.grpc.port, api="grpc")
 
 
-def check_free(host: str, port: int, *, front: str) -> None:
-    """``front``: "http" or "grpc".
+def check_free(host: str, port: int, *, api: str) -> None:
+    """``api``: "http" or "grpc".
 
     Raises:
         PortInUse: another process listens there, or the address does not belong to this host.
@@ -43,4 +43,4 @@ def check_free(host: str, port: int, *, front: str) -> None:
             probe.bind((host, port))
             probe.listen(1)
         except OSError as error:
-            raise PortInUse(host=host, port=port, front=front, error=error) from error
+            raise PortInUse(host=host, port=port, api=api, error=error) from error

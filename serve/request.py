@@ -1,6 +1,6 @@
-"""The requests and results of the service, in one form for both fronts.
+"""The requests and results of the service, in one form for HTTP and gRPC.
 
-The fronts fill the requests from JSON or protobuf without validating values; `serve.validation` validates them for both. None always
+HTTP and gRPC fill the requests from JSON or protobuf without validating values; `serve.validation` validates them for both. None always
 means that the client did not set a field.
 """
 

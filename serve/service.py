@@ -1,6 +1,6 @@
 """Places 3 and 13 of a request: a client's request becomes one engine request per choice, and token events become text.
 
-This is the core that both fronts share: HTTP and gRPC only translate to and from it. A request passes through
+HTTP and gRPC share this core: they only translate to and from it. A request passes through
 
 1. `RequestPreparer`: validation, chat template, tokens, sampling parameters, grammar;
 2. `Service._answer`: one stream per choice, merged in order of arrival;

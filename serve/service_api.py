@@ -1,4 +1,4 @@
-"""The interface that the HTTP and gRPC fronts call.
+"""The interface that the HTTP and gRPC APIs call.
 
 `Service` implements it for one model and `Catalog` for several; `DrainGate` and `IdempotentService` wrap either.
 """

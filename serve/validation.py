@@ -1,4 +1,4 @@
-"""Place 3 of a request: validates it, for both fronts, and fills in the defaults of its options.
+"""Place 3 of a request: validates it, for HTTP and gRPC, and fills in the defaults of its options.
 
 Error messages say what is valid, and never repeat what the client sent.
 """

@@ -60,10 +60,10 @@ DRAFTING = (
     Flag("runner.draft_model", ("--draft-model",), str, "Draft model with the same vocabulary, given like MODEL."),
 )
 FRONTS = (
-    Flag("http.host", ("--http-host",), str, "Address the HTTP front listens on (127.0.0.1)."),
-    Flag("http.port", ("--http-port",), int, "Port of the HTTP front (8000)."),
-    Flag("grpc.host", ("--grpc-host",), str, "Address the gRPC front listens on (127.0.0.1)."),
-    Flag("grpc.port", ("--grpc-port",), int, "Port of the gRPC front (9000)."),
+    Flag("http.host", ("--http-host",), str, "Address that the HTTP API listens on (127.0.0.1)."),
+    Flag("http.port", ("--http-port",), int, "Port of the HTTP API (8000)."),
+    Flag("grpc.host", ("--grpc-host",), str, "Address that the gRPC API listens on (127.0.0.1)."),
+    Flag("grpc.port", ("--grpc-port",), int, "Port of the gRPC API (9000)."),
 )
 RAY_ADDRESS = Flag("ray.address", ("--ray-address",), str, "Existing Ray cluster: auto (this host's) or host:port of its head.")
 APP = Flag("ray.app", ("--app",), str, "Application name on the cluster (manta).")

@@ -1,1 +1,1 @@
-"""The gRPC front: `manta.v1` over `serve.service`. Only this package imports grpc."""
+"""The gRPC API: `manta.v1` over `serve.service`. Only this package imports grpc."""

@@ -1,1 +1,1 @@
-"""The HTTP front: OpenAI's API over `serve.service`. Only this package imports fastapi."""
+"""The HTTP API, which is OpenAI's, over `serve.service`. Only this package imports fastapi."""

@@ -1,4 +1,4 @@
-"""The HTTP front: an ASGI app with all routes and middleware."""
+"""The HTTP API: an ASGI app with all routes and middleware."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,7 +18,7 @@ from serve.http.boundary import RequestBoundary
 from serve.http.bypass import FrontBypass
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
-from serve.http.context import HttpFront
+from serve.http.context import HttpApi
 from serve.http.embeddings import embedding_routes
 from serve.http.errors import error_response
 from serve.http.health import health_routes
@@ -57,16 +57,16 @@ def create_app(
         behind_ray: Ray Serve's proxy is in front, gives every request its id and sends it to the client.
         bypass: sends pieces of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
     """
-    front = HttpFront(service=service, limits=limits or Limits(), strict=strict)
+    api = HttpApi(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     apis = (chat_routes, completion_routes, embedding_routes, response_routes, model_routes, token_routes)
     for routes in (*apis, health_routes, welcome_routes):
-        app.include_router(routes(front))
+        app.include_router(routes(api))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(AuthMiddleware, authenticator=authenticator, quota_headers=quota_headers)
-    app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
+    app.add_middleware(RequestBoundary, limits=api.limits, behind_ray=behind_ray)
     if allowed_origins:  # outermost: preflight requests have no key, and scripts may read error responses
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     if bypass is not None:

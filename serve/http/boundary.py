@@ -1,4 +1,4 @@
-"""The outermost middleware of the HTTP front: request ids, header limits, and a response for every error."""
+"""The outermost middleware of the HTTP API: request ids, header limits, and a response for every error."""
 
 import logging
 import uuid

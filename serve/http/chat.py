@@ -10,7 +10,7 @@ from starlette.responses import Response
 from engine.request_trace import trace_place
 from serve.errors import ErrorBody
 from serve.hold_header import hold_headers
-from serve.http.context import HttpFront, RequestContext, usage_object
+from serve.http.context import HttpApi, RequestContext, usage_object
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import error_object, json_response
 from serve.http.openapi import json_body
@@ -20,13 +20,13 @@ from serve.http.token_objects import token_objects
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCallDelta, Usage
 
 
-def chat_routes(front: HttpFront) -> APIRouter:
+def chat_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", openapi_extra=json_body(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
-        body, context, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl-")
-        chat, service = context.apply_to(body.request(context.id)), front.service()
+        body, context, headers = await api.receive(request, ChatBody, id_prefix="chatcmpl-")
+        chat, service = context.apply_to(body.request(context.id)), api.service()
         response: Response
         if body.stream:
             stream_format = ChatStreamFormat(context, body)

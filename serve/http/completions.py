@@ -10,7 +10,7 @@ from starlette.responses import Response
 from engine.request_trace import trace_place
 from serve.errors import ErrorBody
 from serve.hold_header import hold_headers
-from serve.http.context import HttpFront, RequestContext, usage_object
+from serve.http.context import HttpApi, RequestContext, usage_object
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import error_object, json_response
 from serve.http.openapi import json_body
@@ -19,13 +19,13 @@ from serve.http.sse import open_stream
 from serve.request import Result, TextEvent, TextToken, Usage
 
 
-def completion_routes(front: HttpFront) -> APIRouter:
+def completion_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions", openapi_extra=json_body(CompletionBody))
     async def create_completion(request: Request) -> Response:
-        body, context, headers = await front.receive(request, CompletionBody, id_prefix="cmpl-")
-        completion, service = context.apply_to(body.request(context.id)), front.service()
+        body, context, headers = await api.receive(request, CompletionBody, id_prefix="cmpl-")
+        completion, service = context.apply_to(body.request(context.id)), api.service()
         response: Response
         if body.stream:
             stream_format = CompletionStreamFormat(context, body)

@@ -31,8 +31,8 @@ R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpFront:
-    """What the route modules are built on."""
+class HttpApi:
+    """What all HTTP routes share: the service, the limits, and how a request is received."""
 
     service: Callable[[], ServiceApi]
     """Called for each request: the service is made after the routes, in the process that serves."""

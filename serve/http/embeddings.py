@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from engine.request_trace import trace_place
 from serve.hold_header import hold_headers
-from serve.http.context import HttpFront, RequestContext
+from serve.http.context import HttpApi, RequestContext
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import json_response
 from serve.http.field_parsers import parse_prompts
@@ -32,14 +32,14 @@ class EmbeddingBody(ModelBody):
         return EmbeddingRequest(request_id=request_id, model=self.model, inputs=inputs, dimensions=self.dimensions)
 
 
-def embedding_routes(front: HttpFront) -> APIRouter:
+def embedding_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/embeddings", openapi_extra=json_body(EmbeddingBody))
     async def create_embedding(request: Request) -> Response:
-        body, context, headers = await front.receive(request, EmbeddingBody, id_prefix="embd-")
+        body, context, headers = await api.receive(request, EmbeddingBody, id_prefix="embd-")
         embedding = context.apply_to(body.request(context.id))
-        result = await cancel_on_disconnect(request.receive, front.service().embed(embedding))
+        result = await cancel_on_disconnect(request.receive, api.service().embed(embedding))
         response = json_response(embedding_list(context, body, result), headers=headers | hold_headers(result.held_s))
         trace_place(14, context.id)
         return response

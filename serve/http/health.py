@@ -4,11 +4,11 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from serve.errors import ModelNotFound, NotReady
-from serve.http.context import HttpFront
+from serve.http.context import HttpApi
 from serve.http.errors import json_response
 
 
-def health_routes(front: HttpFront) -> APIRouter:
+def health_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/livez", include_in_schema=False)
@@ -23,10 +23,10 @@ def health_routes(front: HttpFront) -> APIRouter:
     @routes.get("/health")
     async def readyz(model: str | None = None) -> Response:
         """Whether a request sent now would be computed: for any model, or for the one named by ``?model=``. Lists every model."""
-        readiness = front.service().readiness()
+        readiness = api.service().readiness()
         if model is not None and model not in readiness:
             raise ModelNotFound(model, list(readiness))
-        if not (front.service().ready() if model is None else readiness[model]):
+        if not (api.service().ready() if model is None else readiness[model]):
             raise NotReady("no replica of any model is ready" if model is None else "no replica of this model is ready")
         return json_response({"status": "ready", "models": {name: "ready" if ready else "not ready" for name, ready in readiness.items()}})
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from serve.errors import InvalidRequest
 from serve.http.body import read_json_object
-from serve.http.context import HttpFront
+from serve.http.context import HttpApi
 from serve.http.errors import json_response
 from serve.http.field_parsers import empty_if_none
 from serve.http.openapi import json_body
@@ -41,17 +41,17 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], FailFast()]
 
 
-def token_routes(front: HttpFront) -> APIRouter:
+def token_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     def model_of(name: str | None) -> str:
         """Tools made for servers with one model do not name it."""
-        return front.service().models()[0].name if name is None else name
+        return api.service().models()[0].name if name is None else name
 
     @routes.post("/tokenize", openapi_extra=json_body(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        body = validate(TokenizeBody, await read_json_object(request, front.limits), front.limits)
-        service, model = front.service(), model_of(body.model)
+        body = validate(TokenizeBody, await read_json_object(request, api.limits), api.limits)
+        service, model = api.service(), model_of(body.model)
         ids = await service.tokenize(body.request(model))
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.model(model).max_context_tokens, "tokens": ids}
         if body.return_token_strs:
@@ -60,13 +60,13 @@ def token_routes(front: HttpFront) -> APIRouter:
 
     @routes.post("/detokenize", openapi_extra=json_body(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        body = validate(DetokenizeBody, await read_json_object(request, front.limits), front.limits)
-        return json_response({"prompt": await front.service().detokenize(model_of(body.model), tuple(body.tokens))})
+        body = validate(DetokenizeBody, await read_json_object(request, api.limits), api.limits)
+        return json_response({"prompt": await api.service().detokenize(model_of(body.model), tuple(body.tokens))})
 
     @routes.head("/tokenizer_info", include_in_schema=False)
     @routes.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> Response:
-        return json_response(front.service().model(model_of(model)).tokenizer_info)
+        return json_response(api.service().model(model_of(model)).tokenizer_info)
 
     @routes.head("/version", include_in_schema=False)
     @routes.get("/version")

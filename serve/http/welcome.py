@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
-from serve.http.context import HttpFront
+from serve.http.context import HttpApi
 from serve.version import version
 
 
-def welcome_routes(front: HttpFront) -> APIRouter:
+def welcome_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/", include_in_schema=False)
     @routes.get("/", include_in_schema=False)
     async def welcome() -> Response:
-        return PlainTextResponse(page(front.service().readiness()))
+        return PlainTextResponse(page(api.service().readiness()))
 
     return routes
 

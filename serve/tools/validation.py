@@ -1,4 +1,4 @@
-"""Place 3 of a request: validates tools, and the calls and results in a conversation, for both fronts."""
+"""Place 3 of a request: validates tools, and the calls and results in a conversation, for HTTP and gRPC."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Both fronts over a real engine in this process: a tiny random Qwen2 with a real tokenizer, on real sockets of the loopback."""
+"""HTTP and gRPC over a real engine in this process: a tiny random Qwen2 with a real tokenizer, on real sockets of the loopback."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts over both fronts: those of transformers, to 1e-4."""
+"""Log-probabilities of prompts over HTTP and gRPC: those of transformers, to 1e-4."""
 
 import itertools
 from pathlib import Path

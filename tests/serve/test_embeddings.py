@@ -1,4 +1,4 @@
-"""Embeddings over both fronts, from a repository as sentence-transformers writes it: the hidden states of transformers, pooled."""
+"""Embeddings over HTTP and gRPC, from a repository as sentence-transformers writes it: the hidden states of transformers, pooled."""
 
 import asyncio
 import base64

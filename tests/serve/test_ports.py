@@ -18,13 +18,13 @@ def test_a_port_that_somebody_listens_on_is_refused_even_if_they_would_share_it(
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(PortInUse, match=rf"127.0.0.1:{port} already.* --http-port"):
-            check_free("127.0.0.1", port, front="http")
-    check_free("127.0.0.1", port, front="http")
+            check_free("127.0.0.1", port, api="http")
+    check_free("127.0.0.1", port, api="http")
 
 
 def test_an_address_of_another_host_is_refused():
     with pytest.raises(PortInUse, match=r"203\.0\.113\.7 is no address of this host.* --http-host"):
-        check_free("203.0.113.7", 8000, front="http")
+        check_free("203.0.113.7", 8000, api="http")
 
 
 def test_a_taken_port_is_told_before_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

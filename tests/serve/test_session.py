@@ -1,4 +1,4 @@
-"""Which requests belong together: both fronts take it from a header, HTTP also from `user`."""
+"""Which requests belong together: HTTP and gRPC take it from a header, HTTP also from `user`."""
 
 from typing import Any
 

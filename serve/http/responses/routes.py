@@ -7,7 +7,7 @@ from starlette.responses import Response
 from engine.request_trace import trace_place
 from serve.errors import RouteNotFound
 from serve.hold_header import hold_headers
-from serve.http.context import HttpFront
+from serve.http.context import HttpApi
 from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import json_response
 from serve.http.openapi import json_body
@@ -25,13 +25,13 @@ NOT_OFFERED = {
 """OpenAI's other endpoints below this path, beside those for stored responses."""
 
 
-def response_routes(front: HttpFront) -> APIRouter:
+def response_routes(api: HttpApi) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/responses", openapi_extra=json_body(ResponsesBody))
     async def create_response(request: Request) -> Response:
-        body, context, headers = await front.receive(request, ResponsesBody, id_prefix=ID_PREFIX)
-        service, conversation = front.service(), body.conversation()
+        body, context, headers = await api.receive(request, ResponsesBody, id_prefix=ID_PREFIX)
+        service, conversation = api.service(), body.conversation()
         chat = context.apply_to(body.request(context.id, conversation.messages))
         stream_format = ResponsesStreamFormat(context, body, service.model(body.model).defaults)
         response: Response

@@ -1,4 +1,4 @@
-"""Every row of rows.yaml against both fronts of one engine in this process: what is refused, how, and that nothing is worse for it."""
+"""Every row of rows.yaml over HTTP and gRPC against one engine in this process: what is refused, how, and that nothing is worse for it."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""What the gRPC front promises, behind the real proxy of Ray Serve."""
+"""What the gRPC API promises, behind the real proxy of Ray Serve."""
 
 import asyncio
 import os

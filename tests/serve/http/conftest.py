@@ -1,4 +1,4 @@
-"""A scripted service behind the real HTTP front."""
+"""A scripted service behind the real HTTP API."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
