@@ -1,7 +1,7 @@
-"""Place 14 of a request: the bypass, a socket by which a front sends pieces of response streams to the proxy of its host, past Ray.
+"""Place 14 of a request: the bypass, a socket by which a front sends chunks of response streams to the proxy of its host, past Ray.
 
-Through Ray each piece of each stream would be a message of its own, at about a millisecond of CPU on both sides together. Here one message
-holds all pieces that are ready at the same time, usually a step's tokens for all streams of a front.
+Through Ray each chunk of each stream would be a message of its own, at about a millisecond of CPU on both sides together. Here one message
+holds all chunks that are ready at the same time, usually a step's tokens for all streams of a front.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from cluster.channel import PrivateFolder, shared_context
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 64 << 10
-"""A message of this size is sent at once, so it exceeds this by less than one piece, except to a proxy that was stalled."""
+"""A message of this size is sent at once, so it exceeds this by less than one chunk, except to a proxy that was stalled."""
 MAX_QUEUED_BYTES = 64 << 20
-"""zmq's queue to one proxy holds this much, in messages of `MESSAGE_BYTES`. Later pieces wait here and go together."""
+"""zmq's queue to one proxy holds this much, in messages of `MESSAGE_BYTES`. Later chunks wait here and go together."""
 MAX_WAITING_BYTES = 192 << 20
 """If more than this waits for a proxy, the proxy is given up."""
 CHECK_INTERVAL_S = 0.1
@@ -40,8 +40,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[list[int], list[bytes]]).decode
 
 
-class PiecesLost(Exception):
-    """Some pieces that were sent did not arrive."""
+class ChunksLost(Exception):
+    """Some chunks that were sent did not arrive."""
 
 
 class SocketUnavailable(Exception):
@@ -76,7 +76,7 @@ class Sender:
             undone.pop_all()
         self._connect_deadline = time.monotonic() + CONNECT_S
         self._answers: list[int] = []
-        self._pieces: list[bytes] = []
+        self._chunks: list[bytes] = []
         self._num_bytes = 0
         self._flush_at_bytes = MESSAGE_BYTES
         self._is_broken = self._was_connected = False
@@ -97,24 +97,24 @@ class Sender:
             return False
         return not self._may_recover() if self._was_connected else time.monotonic() > self._connect_deadline
 
-    def put(self, answer: int, piece: bytes) -> None:
-        """Send a piece, together with all others that are put in this turn of the event loop, or before `MESSAGE_BYTES` are reached.
+    def put(self, answer: int, chunk: bytes) -> None:
+        """Send a chunk, together with all others that are put in this turn of the event loop, or before `MESSAGE_BYTES` are reached.
 
         Raises:
-            PiecesLost: an earlier piece could not be sent, maybe one of another stream.
+            ChunksLost: an earlier chunk could not be sent, maybe one of another stream.
         """
         if self._is_broken:
-            raise PiecesLost("the proxy does not take pieces of streams any more")
+            raise ChunksLost("the proxy does not take chunks of streams any more")
         if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
         self._answers.append(answer)
-        self._pieces.append(piece)
-        self._num_bytes += len(piece)
+        self._chunks.append(chunk)
+        self._num_bytes += len(chunk)
         if self._num_bytes >= self._flush_at_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what was put. While the proxy is stalled nothing is sent, so that the pieces of many steps go as one message: the queue is
+        """Send what was put. While the proxy is stalled nothing is sent, so that the chunks of many steps go as one message: the queue is
         limited in messages, not in bytes."""
         if not self._answers or self._is_broken:  # sent before, because `MESSAGE_BYTES` were reached
             return
@@ -124,10 +124,10 @@ class Sender:
             return
         self._stalled_since = None
         answers, self._answers = self._answers, []
-        pieces, self._pieces = self._pieces, []
+        chunks, self._chunks = self._chunks, []
         self._num_bytes, self._flush_at_bytes = 0, MESSAGE_BYTES
         try:
-            self._socket.send(_encode((answers, pieces)), zmq.NOBLOCK)
+            self._socket.send(_encode((answers, chunks)), zmq.NOBLOCK)
         except zmq.ZMQError:  # the proxy is gone, or was stalled for too long
             self._is_broken = True
 
@@ -165,58 +165,58 @@ def is_listening(address: str) -> bool:
 
 @dataclass
 class IncomingStream:
-    """The pieces of one response stream. Until `begin` says which response is the right one, those of all responses are kept."""
+    """The chunks of one response stream. Until `begin` says which response is the right one, those of all responses are kept."""
 
     number: int
     close: Callable[[], None]
     _answer: int | None = None
-    _early: dict[int, list[bytes]] = field(default_factory=dict)
-    _pieces: list[bytes] = field(default_factory=list)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
-    _num_come: int = 0
-    _is_over: bool = False
+    _chunks_by_answer: dict[int, list[bytes]] = field(default_factory=dict)
+    _chunks: list[bytes] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_received: int = 0
+    _has_ended: bool = False
     _total: int | None = None
 
-    def put(self, answer: int, piece: bytes) -> None:
-        if answer == self._answer and not self._is_over:
-            self._pieces.append(piece)
-            self._num_come += 1
-            self._news.set()
+    def put(self, answer: int, chunk: bytes) -> None:
+        if answer == self._answer and not self._has_ended:
+            self._chunks.append(chunk)
+            self._num_received += 1
+            self._changed.set()
         elif self._answer is None:
-            self._early.setdefault(answer, []).append(piece)
+            self._chunks_by_answer.setdefault(answer, []).append(chunk)
 
     def begin(self, answer: int) -> None:
-        """Accept the pieces of response ``answer`` and drop those of all others."""
-        self._answer, self._pieces = answer, self._early.pop(answer, [])
-        self._num_come = len(self._pieces)
-        self._early.clear()
+        """Accept the chunks of response ``answer`` and drop those of all others."""
+        self._answer, self._chunks = answer, self._chunks_by_answer.pop(answer, [])
+        self._num_received = len(self._chunks)
+        self._chunks_by_answer.clear()
 
     def end_after(self, total: int) -> None:
-        """The response has ended; it had ``total`` pieces."""
+        """The response has ended; it had ``total`` chunks."""
         self._total = total
-        self._news.set()
+        self._changed.set()
 
     def end_here(self) -> None:
-        """No end will be reported: unless it is known already, the stream ends with the pieces that have arrived."""
+        """No end will be reported: unless it is known already, the stream ends with the chunks that have arrived."""
         if self._total is None:
-            self._is_over = True  # later pieces are ignored, and do not mean that pieces were lost
-            self.end_after(self._num_come)
+            self._has_ended = True  # later chunks are ignored, and do not mean that chunks were lost
+            self.end_after(self._num_received)
 
     async def take(self, num_taken: int, late_s: float) -> list[bytes]:
-        """Wait for pieces after the first ``num_taken`` and return them; an empty list at the end.
+        """Wait for chunks after the first ``num_taken`` and return them; an empty list at the end.
 
         Raises:
-            PiecesLost: the total is known, and the missing pieces did not come within ``late_s``, or too many came.
+            ChunksLost: the total is known, and the missing chunks did not come within ``late_s``, or too many came.
         """
-        while not self._pieces and (self._total is None or num_taken < self._total):
-            self._news.clear()
+        while not self._chunks and (self._total is None or num_taken < self._total):
+            self._changed.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), None if self._total is None else late_s)
+                await asyncio.wait_for(self._changed.wait(), None if self._total is None else late_s)
             except TimeoutError as error:
-                raise PiecesLost(f"of {self._total} pieces {num_taken} came") from error
-        taken, self._pieces = self._pieces, []
+                raise ChunksLost(f"of {self._total} chunks {num_taken} came") from error
+        taken, self._chunks = self._chunks, []
         if self._total is not None and num_taken + len(taken) > self._total:
-            raise PiecesLost(f"of {self._total} pieces {num_taken + len(taken)} came")
+            raise ChunksLost(f"of {self._total} chunks {num_taken + len(taken)} came")
         return taken
 
 
@@ -262,14 +262,14 @@ class Receiver:
         while True:
             message = await self._socket.recv()
             try:
-                answers, pieces = _decode(message)
-                arrived = list(zip(answers, pieces, strict=True))
+                answers, chunks = _decode(message)
+                arrived = list(zip(answers, chunks, strict=True))
             except (msgspec.MsgspecError, ValueError):
-                logger.exception("a message on the bypass cannot be read")  # the streams whose pieces it held notice at their ends
+                logger.exception("a message on the bypass cannot be read")  # the streams whose chunks it held notice at their ends
                 continue
-            for answer, piece in arrived:
+            for answer, chunk in arrived:
                 if (stream := self._streams.get(answer >> NONCE_BITS)) is not None:  # otherwise its client has left
-                    stream.put(answer, piece)
+                    stream.put(answer, chunk)
 
     def _clear_away(self, task: asyncio.Task[None]) -> None:
         """Close the socket, whatever ended the task, so that fronts notice at once that nobody listens."""

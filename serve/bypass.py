@@ -1,8 +1,8 @@
-"""The bypass: pieces of a streamed response go from a front to the proxy on the same host over a socket, not through Ray.
+"""The bypass: chunks of a streamed response go from a front to the proxy on the same host over a socket, not through Ray.
 
 For each request the proxy adds a header with its node, the number of the stream and the address of its socket (`cluster.bypass`). The
 beginning and the end of the response still go through Ray, and so do whole responses of fronts on other hosts, which cannot reach the
-socket. The beginning announces that pieces come over the socket; the end says how many there were. Whenever something is not as it
+socket. The beginning announces that chunks come over the socket; the end says how many there were. Whenever something is not as it
 should be, streams go through Ray.
 
 This module is what both protocols share; `serve.http.bypass` and `serve.grpc.bypass` use it.
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 HEADER = "x-manta-bypass"
 """Set by the proxy: "NODE STREAM ADDRESS". Not for clients: they know no node."""
 LATE_S = 10.0
-"""How long to wait for pieces after the end is known; a message within a host takes far less than a millisecond."""
+"""How long to wait for chunks after the end is known; a message within a host takes far less than a millisecond."""
 PAUSE_S = 60.0
 """How long streams go through Ray after something went wrong at a proxy."""
 
 
 class ProxyEndpoint:
-    """The proxy's end: receives pieces for both of its servers. Belongs to one event loop."""
+    """The proxy's end: receives chunks for both of its servers. Belongs to one event loop."""
 
     def __init__(self, node: str) -> None:
         """``node``: Ray's id of the proxy's host."""
@@ -36,20 +36,20 @@ class ProxyEndpoint:
         self._paused_until = float("-inf")
 
     def open(self) -> IncomingStream | None:
-        """A passage for the pieces of a new stream; None if the stream must go through Ray."""
+        """The receiving end of a new stream; None if the stream must go through Ray."""
         receiver = self._open_receiver()
         return None if receiver is None else receiver.open()
 
-    def header_value(self, passage: IncomingStream) -> str:
-        """The value of `HEADER` for the request whose passage was just opened."""
+    def header_value(self, incoming: IncomingStream) -> str:
+        """The value of `HEADER` for the request whose stream was just opened."""
         assert self._receiver is not None
-        return f"{self._node} {passage.number} {self._receiver.address}"
+        return f"{self._node} {incoming.number} {self._receiver.address}"
 
     def pause(self, why: str) -> None:
         """Send streams through Ray for `PAUSE_S`."""
         now = asyncio.get_running_loop().time()
         if now >= self._paused_until:  # streams that are lost together are reported once
-            logger.warning("the bypass failed, streams go by Ray for %g s: %s", PAUSE_S, why)
+            logger.warning("the bypass failed, streams go through Ray for %g s: %s", PAUSE_S, why)
             self._paused_until = now + PAUSE_S
 
     def _open_receiver(self) -> Receiver | None:
@@ -68,18 +68,18 @@ class ProxyEndpoint:
 
 @dataclass(frozen=True)
 class BypassStream:
-    """Sends the pieces of one response to its proxy."""
+    """Sends the chunks of one response to its proxy."""
 
     sender: Sender
     answer: int
     """The response's number (`cluster.bypass.new_answer_number`)."""
 
-    def put(self, piece: bytes) -> None:
+    def put(self, chunk: bytes) -> None:
         """
         Raises:
-            PiecesLost: see `Sender.put`.
+            ChunksLost: see `Sender.put`.
         """
-        self.sender.put(self.answer, piece)
+        self.sender.put(self.answer, chunk)
 
 
 class FrontEndpoint:
@@ -106,7 +106,7 @@ class FrontEndpoint:
         if node != self._node:
             return None
         if not socket_exists(address):
-            self._warn(f"{address} is not to be seen from here")
+            self._warn(f"{address} is not visible from this container")
             return None
         try:
             stream = BypassStream(self._sender(address), new_answer_number(int(number)))

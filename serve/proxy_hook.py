@@ -3,7 +3,7 @@
 - the gRPC port gets an address and TLS (Ray Serve 2.60 binds gRPC to every address of the host);
 - headers that clients may not set are removed (`serve.http.proxy_headers`);
 - undecodable gRPC messages become our own error (`serve.grpc.decode_errors`);
-- pieces of streams arrive past Ray (`serve.bypass`);
+- chunks of streams arrive past Ray (`serve.bypass`);
 - streams and connections of clients that do not read are ended (`serve.grpc.slow_clients`, `ConfiguredSockets`);
 - the loss of a front becomes our own error.
 

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 import serve.bypass
-from cluster.bypass import IncomingStream, PiecesLost
+from cluster.bypass import ChunksLost, IncomingStream
 from serve.bypass import HEADER, FrontEndpoint, ProxyEndpoint
 from serve.errors import FrontLost
 from serve.grpc.errors import CallContext, refuse
@@ -32,7 +32,7 @@ class BypassSignal:
     word: str
     """begin or end."""
     number: int
-    """begin: the response's number (`cluster.bypass.new_answer_number`); end: how many pieces there were."""
+    """begin: the response's number (`cluster.bypass.new_answer_number`); end: how many chunks there were."""
 
     def SerializeToString(self) -> bytes:  # Ray Serve calls it, as on any message
         return b"\0%s %d" % (self.word.encode(), self.number)
@@ -69,9 +69,9 @@ def receive_past_ray(handler: grpc.RpcMethodHandler, endpoint: ProxyEndpoint) ->
 
 def _receiving(stream: Stream, endpoint: ProxyEndpoint) -> Stream:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
-        passage = endpoint.open()
-        messages = stream(request, ContextWithHeader(context, None if passage is None else endpoint.header_value(passage)))
-        if passage is None:
+        incoming = endpoint.open()
+        messages = stream(request, ContextWithHeader(context, None if incoming is None else endpoint.header_value(incoming)))
+        if incoming is None:
             async for message in messages:
                 yield message
             return
@@ -79,27 +79,27 @@ def _receiving(stream: Stream, endpoint: ProxyEndpoint) -> Stream:
         try:
             async for message in messages:
                 if (begin := BypassSignal.parse(message)) is not None:
-                    passage.begin(begin.number)
+                    incoming.begin(begin.number)
                     break
                 yield message
             else:
                 return
-            waiting_for_end = asyncio.create_task(_wait_for_end(messages, passage))
+            waiting_for_end = asyncio.create_task(_wait_for_end(messages, incoming))
             num_taken = 0
-            while pieces := await passage.take(num_taken, serve.bypass.LATE_S):
-                for piece in pieces:
+            while chunks := await incoming.take(num_taken, serve.bypass.LATE_S):
+                for chunk in chunks:
                     num_taken += 1
-                    yield piece
+                    yield chunk
             has_end = await waiting_for_end
             await _exhaust(messages)  # a proxy that shuts down waits for streams that are open with Ray, so not before
             if not has_end and context.code() in (None, grpc.StatusCode.OK):
-                raise PiecesLost(f"{num_taken} pieces and no end came")
-        except PiecesLost as lost:
+                raise ChunksLost(f"{num_taken} chunks and no end came")
+        except ChunksLost as lost:
             endpoint.pause(str(lost))
             await _exhaust(messages)  # it sets the status OK, which is replaced below
             refuse(context, FrontLost(), "")
         finally:
-            passage.close()
+            incoming.close()
             if waiting_for_end is not None and not waiting_for_end.done():  # this is how Ray learns to cancel the call behind it
                 waiting_for_end.cancel()
                 await asyncio.wait([waiting_for_end])
@@ -107,17 +107,17 @@ def _receiving(stream: Stream, endpoint: ProxyEndpoint) -> Stream:
     return unary_stream
 
 
-async def _wait_for_end(messages: AsyncGenerator[bytes, None], passage: IncomingStream) -> bool:
-    """Passes the end to the passage when it comes through Ray. False if none comes, as when the front is lost."""
+async def _wait_for_end(messages: AsyncGenerator[bytes, None], incoming: IncomingStream) -> bool:
+    """Passes the end to the stream when it comes through Ray. False if none comes, as when the front is lost."""
     try:
         async for message in messages:
             if (signal := BypassSignal.parse(message)) is None or signal.word != "end":
                 raise _unexpected_message()
-            passage.end_after(signal.number)
+            incoming.end_after(signal.number)
             return True
         return False
     finally:
-        passage.end_here()
+        incoming.end_here()
 
 
 async def _exhaust(messages: AsyncGenerator[bytes, None]) -> None:
@@ -141,12 +141,12 @@ async def send_past_ray(
                 yield response
             return
         yield BypassSignal("begin", stream.answer)
-        num_pieces = 0
+        num_chunks = 0
         async for response in responses:
             try:
                 stream.put(response.SerializeToString())
-            except PiecesLost:
+            except ChunksLost:
                 refuse(context, FrontLost(), "")  # sets the status, in case the proxy still lives
                 raise
-            num_pieces += 1
-        yield BypassSignal("end", num_pieces)
+            num_chunks += 1
+        yield BypassSignal("end", num_chunks)

@@ -55,7 +55,7 @@ def create_app(
         strict: refuse fields that have no effect.
         allowed_origins: for browsers (CORS); empty: none.
         behind_ray: Ray Serve's proxy is in front, gives every request its id and sends it to the client.
-        bypass: sends pieces of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
+        bypass: sends chunks of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
     """
     api = HttpApi(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)

@@ -8,7 +8,7 @@ from serve.http.bypass import HEADER, ProxyBypass
 
 NOT_FOR_CLIENTS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id", HEADER})
 """Headers that only a trusted proxy may set. Three control Ray Serve: not to watch for a disconnect, when to answer 408 by itself, and
-which replica to use. The fourth is the bypass's, by which this proxy tells a front where to send the pieces of a response."""
+which replica to use. The fourth is the bypass's, by which this proxy tells a front where to send the chunks of a response."""
 DECODED = frozenset({b"x-request-id", b"x-session-id", b"traceparent"})
 """Headers that Ray Serve decodes as UTF-8. Other bytes in them would make it answer with a 500 of its own."""
 

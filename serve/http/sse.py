@@ -65,20 +65,20 @@ class EventStreamResponse(Response):
             await self._rest.aclose()
 
     async def _send(self, send: Send, bypass: BypassStream | None) -> None:
-        """``bypass``: takes the pieces of the body past Ray; None: they are sent with ``send``."""
+        """``bypass``: takes the chunks of the body past Ray; None: they are sent with ``send``."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start if bypass is None else start | {PASSED: bypass.answer})
-        num_pieces = 0
+        num_chunks = 0
         written = event_bytes(self._first, self._rest, self._format, include_timing=self._include_timing)
-        async with contextlib.aclosing(written) as pieces:
-            async for piece in pieces:
-                num_pieces += 1
+        async with contextlib.aclosing(written) as chunks:
+            async for chunk in chunks:
+                num_chunks += 1
                 if bypass is None:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 else:
-                    bypass.put(piece)
+                    bypass.put(chunk)
         end = {"type": "http.response.body", "body": b"", "more_body": False}
-        await send(end if bypass is None else end | {PASSED: num_pieces})
+        await send(end if bypass is None else end | {PASSED: num_chunks})
 
 
 async def open_stream(
@@ -106,7 +106,7 @@ async def open_stream(
 async def event_bytes(
     first: TextEvent, rest: AsyncGenerator[TextEvent, None], stream_format: StreamFormat, *, include_timing: bool = False
 ) -> AsyncGenerator[bytes, None]:
-    """The body of the response, in pieces. A failure is written as an event, and the stream then has no [DONE].
+    """The body of the response, in chunks. A failure is written as an event, and the stream then has no [DONE].
 
     ``include_timing``: write the timing before [DONE] as a comment, which every reader of server-sent events skips.
     """

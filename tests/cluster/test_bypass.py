@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 import cluster.bypass
-from cluster.bypass import NONCE_BITS, IncomingStream, PiecesLost, Receiver, Sender, is_listening, new_answer_number
+from cluster.bypass import NONCE_BITS, ChunksLost, IncomingStream, Receiver, Sender, is_listening, new_answer_number
 from cluster.channel import PrivateFolder
 
 
@@ -26,13 +26,13 @@ async def come_true(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def passage() -> IncomingStream:
+def incoming() -> IncomingStream:
     return IncomingStream(0, lambda: None)
 
 
 async def test_a_stream_may_pause_for_longer_than_what_is_late_takes() -> None:
     """Until its end is known nothing of it is late: a token takes as long as it takes."""
-    one = passage()
+    one = incoming()
     one.begin(1)
     waiting = asyncio.create_task(one.take(0, late_s=0.01))
     await asyncio.sleep(0.1)
@@ -41,7 +41,7 @@ async def test_a_stream_may_pause_for_longer_than_what_is_late_takes() -> None:
 
 
 async def test_who_waits_is_woken_by_the_end_when_all_had_come() -> None:
-    one = passage()
+    one = incoming()
     one.begin(1)
     one.put(1, b"a")
     assert await one.take(0, late_s=3600) == [b"a"]
@@ -52,19 +52,19 @@ async def test_who_waits_is_woken_by_the_end_when_all_had_come() -> None:
         assert await waiting == []
 
 
-async def test_pieces_of_other_answers_are_not_kept() -> None:
+async def test_chunks_of_other_answers_are_not_kept() -> None:
     """Else whoever answers a request in vain holds memory until its stream ends."""
-    one = passage()
+    one = incoming()
     one.put(1, b"a")
     one.put(2, b"b")
     one.begin(1)
     one.put(2, b"c")
     assert await one.take(0, late_s=0) == [b"a"]
-    assert not one._early
+    assert not one._chunks_by_answer
 
 
-async def test_a_piece_that_comes_after_no_end_was_to_be_waited_for_is_nobodys() -> None:
-    one = passage()
+async def test_a_chunk_that_comes_after_no_end_was_to_be_waited_for_is_nobodys() -> None:
+    one = incoming()
     one.begin(1)
     one.put(1, b"a")
     one.end_here()
@@ -100,7 +100,7 @@ async def test_after_much_at_once_what_is_ready_still_goes_together(monkeypatch:
 async def test_a_proxy_that_stands_still_for_a_while_loses_nothing_however_many_steps_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", cluster.bypass.MESSAGE_BYTES)
     monkeypatch.setattr(cluster.bypass, "CHECK_INTERVAL_S", 0.01)
-    folder, pieces, num_steps, come = PrivateFolder(), list[bytes](), 400, list[list[bytes]]()
+    folder, chunks, num_steps, come = PrivateFolder(), list[bytes](), 400, list[list[bytes]]()
     with zmq.Context.instance().socket(zmq.PULL) as still:
         still.rcvhwm, still.linger = 1, 0
         still.bind(folder.socket("still"))
@@ -108,8 +108,8 @@ async def test_a_proxy_that_stands_still_for_a_while_loses_nothing_however_many_
         await come_true(lambda: sender.is_connected)
         had_no_place = False
         for step in range(num_steps):
-            pieces.append(str(step).encode() + bytes(4 << 10))
-            sender.put(1, pieces[-1])
+            chunks.append(str(step).encode() + bytes(4 << 10))
+            sender.put(1, chunks[-1])
             await asyncio.sleep(0)
             had_no_place |= not sender.is_connected
             assert not sender.is_lost
@@ -121,7 +121,7 @@ async def test_a_proxy_that_stands_still_for_a_while_loses_nothing_however_many_
             return sum(map(len, come)) == num_steps
 
         await come_true(has_come)
-        assert [piece for message in come for piece in message] == pieces
+        assert [chunk for message in come for chunk in message] == chunks
         assert len(come) < num_steps
         sender.put(1, b"a")
         await come_true(lambda: bool(still.poll(0)))
@@ -155,7 +155,7 @@ async def test_behind_a_proxy_that_is_gone_nothing_waits(monkeypatch: pytest.Mon
         left.close()
         assert sender.is_lost
         sender._flush()
-        with pytest.raises(PiecesLost):
+        with pytest.raises(ChunksLost):
             sender.put(1, b"b")
         sender.close()
     os.unlink(path)
@@ -187,7 +187,7 @@ async def test_who_was_given_up_is_given_up_for_good(monkeypatch: pytest.MonkeyP
                 still.recv()
         assert not sender.is_connected
         assert sender.is_lost
-        with pytest.raises(PiecesLost):
+        with pytest.raises(ChunksLost):
             sender.put(1, b"a")
         sender.close()
     folder.close()
@@ -207,7 +207,7 @@ async def test_what_is_closed_holds_no_socket_and_takes_nothing() -> None:
     receiver = Receiver()
     sender = Sender(receiver.address)
     sender.close()
-    with pytest.raises(PiecesLost):
+    with pytest.raises(ChunksLost):
         sender.put(1, b"a")
     await receiver.close()
     assert receiver.is_over

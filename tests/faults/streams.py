@@ -52,7 +52,7 @@ class Seen:
     ask: Ask
     history: History
     at: list[float] = field(default_factory=list)
-    """When the request was sent, and when each piece of the answer came; `time.monotonic`."""
+    """When the request was sent, and when each chunk of the answer came; `time.monotonic`."""
     on_token: Callable[[int], None] = lambda _count: None
 
     @property

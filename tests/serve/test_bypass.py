@@ -95,8 +95,8 @@ async def test_while_streams_go_by_ray_no_request_is_told_of_a_socket_and_later_
     first = endpoint.open()
     assert first is not None
     for _ in range(3):
-        endpoint.pause("a piece was lost")
-    assert caplog.text.count("a piece was lost") == 1
+        endpoint.pause("a chunk was lost")
+    assert caplog.text.count("a chunk was lost") == 1
     assert endpoint.open() is None
     endpoint._paused_until = 0
     assert endpoint.open() is not None

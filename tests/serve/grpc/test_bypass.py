@@ -16,7 +16,7 @@ import pytest
 from google.rpc.status_pb2 import Status
 
 import serve.bypass
-from cluster.bypass import PiecesLost, Sender, new_answer_number
+from cluster.bypass import ChunksLost, Sender, new_answer_number
 from serve.bypass import HEADER, BypassStream, FrontEndpoint, ProxyEndpoint
 from serve.errors import InvalidRequest
 from serve.grpc.bypass import BypassSignal, receive_past_ray, send_past_ray
@@ -142,13 +142,13 @@ async def through_ray(service: ScriptedService) -> list[service_pb2.ChatStreamRe
 
 async def acquaint(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     """The first request through a proxy goes by Ray, and has the front connect."""
-    passage = endpoint.open()
-    assert passage is not None
-    told = endpoint.header_value(passage)
+    incoming = endpoint.open()
+    assert incoming is not None
+    told = endpoint.header_value(incoming)
     async with asyncio.timeout(60):
         while bypass.stream_for([told]) is None:  # noqa: ASYNC110  (zmq's threads have no event for it)
             await asyncio.sleep(0.001)
-    passage.close()
+    incoming.close()
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ async def test_a_refusal_before_and_in_the_midst_arrives_with_everything_it_says
         assert Status.FromString(dict(call.trailers)[DETAILS_KEY]).message == sent[-1].error.message
 
 
-async def test_a_piece_that_is_missing_ends_the_stream_as_a_lost_front_does_and_those_after_it_go_by_ray(
+async def test_a_chunk_that_is_missing_ends_the_stream_as_a_lost_front_does_and_those_after_it_go_by_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bypass: FrontEndpoint, endpoint: ProxyEndpoint
 ) -> None:
     monkeypatch.setattr(serve.bypass, "LATE_S", 0.2)
@@ -240,7 +240,7 @@ async def test_a_piece_that_is_missing_ends_the_stream_as_a_lost_front_does_and_
     ray, whole = Between(front(service, bypass)), await through_ray(service)
     with monkeypatch.context() as patched:
         put = Sender.put
-        patched.setattr(Sender, "put", lambda sender, answer, piece: None if "é".encode() in piece else put(sender, answer, piece))
+        patched.setattr(Sender, "put", lambda sender, answer, chunk: None if "é".encode() in chunk else put(sender, answer, chunk))
         sent, call = await asked(past(ray, endpoint))
         assert sent == [whole[0], *whole[2:]]
         assert call.code() is grpc.StatusCode.UNAVAILABLE, "as the death of its front"
@@ -255,7 +255,7 @@ async def test_a_piece_that_is_missing_ends_the_stream_as_a_lost_front_does_and_
 
 
 def dying(bypass: FrontEndpoint, *, number: int, fails: bool) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
-    """A front that sends so many pieces and comes to no end."""
+    """A front that sends so many chunks and comes to no end."""
 
     async def responses(_request: Any, context: Any) -> AsyncGenerator[Any, None]:
         stream = bypass.stream_for([value for key, value in context.invocation_metadata() if key == HEADER])
@@ -293,7 +293,7 @@ async def test_a_front_whose_proxy_takes_nothing_any_more_says_that_it_was_lost(
     responses = front(service, bypass)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), call)
     assert BypassSignal.parse((await anext(responses)).SerializeToString()) is not None
     sender._is_broken = True
-    with pytest.raises(PiecesLost):
+    with pytest.raises(ChunksLost):
         await anext(responses)
     assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert service.closed.is_set()
@@ -336,8 +336,8 @@ async def test_a_client_that_leaves_cancels_the_front_wherever_its_stream_is(byp
 
 
 async def test_a_client_that_does_not_read_is_left_and_its_front_cancelled(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
-    service, piece = ScriptedService(), TextEvent(choice=0, text="a" * 8192)
-    service.events, service.holds_at = [piece] * 400, 399
+    service, chunk = ScriptedService(), TextEvent(choice=0, text="a" * 8192)
+    service.events, service.holds_at = [chunk] * 400, 399
     handler = grpc.unary_stream_rpc_method_handler(
         Between(front(service, bypass)), request_deserializer=service_pb2.ChatStreamRequest.FromString
     )

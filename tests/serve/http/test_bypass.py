@@ -1,4 +1,4 @@
-"""What a client gets past Ray is what it would get through Ray, and a piece that is missing never goes unnoticed."""
+"""What a client gets past Ray is what it would get through Ray, and a chunk that is missing never goes unnoticed."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ import zmq
 import cluster.bypass
 import serve.bypass
 import serve.http.bypass
-from cluster.bypass import PiecesLost, Receiver, Sender, new_answer_number, socket_exists
+from cluster.bypass import ChunksLost, Receiver, Sender, new_answer_number, socket_exists
 from serve.bypass import FrontEndpoint, ProxyEndpoint
 from serve.errors import ErrorBody
 from serve.http.bypass import FrontBypass, ProxyBypass
@@ -160,13 +160,13 @@ async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest
     receiver = cluster.bypass.Receiver()
     sender, endpoint = Sender(receiver.address), [receiver.open() for _ in range(32)]
     await come_true(lambda: sender.is_connected)
-    answers = [new_answer_number(passage.number) for passage in endpoint]
-    for passage, answer in zip(endpoint, answers, strict=True):
-        passage.begin(answer)
+    answers = [new_answer_number(incoming.number) for incoming in endpoint]
+    for incoming, answer in zip(endpoint, answers, strict=True):
+        incoming.begin(answer)
     for turn in range(3):
         for answer in answers:
             sender.put(answer, b"%d" % turn)
-        assert [await passage.take(turn, 10) for passage in endpoint] == [[b"%d" % turn]] * 32
+        assert [await incoming.take(turn, 10) for incoming in endpoint] == [[b"%d" % turn]] * 32
     assert len(messages) == 3
     sender.close()
     await receiver.close()
@@ -190,17 +190,17 @@ async def test_a_front_without_a_bypass_answers_by_ray() -> None:
     await proxy._endpoint._receiver.close()
 
 
-async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_by_ray(
+async def test_a_chunk_that_is_missing_breaks_the_answer_and_those_after_it_go_by_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(serve.bypass, "LATE_S", 0.2)
     put = Sender.put
-    monkeypatch.setattr(Sender, "put", lambda sender, answer, piece: None if b'"b"' in piece else put(sender, answer, piece))
+    monkeypatch.setattr(Sender, "put", lambda sender, answer, chunk: None if b'"b"' in chunk else put(sender, answer, chunk))
     fronts = FrontBypass(front(["a", "b", "c"]), bypass=FrontEndpoint(NODE))
     ray = Between(fronts)
     proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     await acquaint(fronts, proxy)
-    with pytest.raises(PiecesLost, match="of 5 pieces 4 came"):
+    with pytest.raises(ChunksLost, match="of 5 chunks 4 came"):
         await asked(proxy)
     assert not ray.bodies
     for _ in range(2):  # one stream is enough to lose
@@ -258,35 +258,35 @@ async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_w
     await come_true(lambda: fronts._bypass._stream(told[0]) is not None)
     stream = fronts._bypass._stream(told[0])
     assert stream is not None
-    passage = receivers[0].open()
-    passage.begin(stream.answer)
+    incoming = receivers[0].open()
+    incoming.begin(stream.answer)
     stream.put(b"a")
-    assert await passage.take(0, 10) == [b"a"]
+    assert await incoming.take(0, 10) == [b"a"]
     await receivers[0].close()
     while not stream.sender._is_broken:
         stream.put(b"b")
         await asyncio.sleep(0.001)
-    with pytest.raises(PiecesLost):
+    with pytest.raises(ChunksLost):
         stream.put(b"b")
     assert fronts._bypass._stream(told[0]) is None
     await come_true(lambda: fronts._bypass._stream(told[1]) is not None)
-    passage, stream = receivers[1].open(), fronts._bypass._stream(told[1])
+    incoming, stream = receivers[1].open(), fronts._bypass._stream(told[1])
     assert stream is not None
-    passage.begin(stream.answer)
+    incoming.begin(stream.answer)
     stream.put(b"c")
-    assert await passage.take(0, 10) == [b"c"]
+    assert await incoming.take(0, 10) == [b"c"]
     assert list(fronts._bypass._senders) == [receivers[1].address]
     await receivers[1].close()
 
 
 async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
     receiver = cluster.bypass.Receiver()
-    sender, passage = Sender(receiver.address), receiver.open()
+    sender, incoming = Sender(receiver.address), receiver.open()
     await come_true(lambda: sender.is_connected)
-    passage.begin(answer := new_answer_number(passage.number))
+    incoming.begin(answer := new_answer_number(incoming.number))
     sender._socket.send(b"no message")
     sender.put(answer, b"a")
-    assert await passage.take(0, 10) == [b"a"]
+    assert await incoming.take(0, 10) == [b"a"]
     sender.close()
     await receiver.close()
 
@@ -343,7 +343,7 @@ async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ra
     await come_true(lambda: not stream.sender.is_connected)
     stream.put(b"b")
     await come_true(lambda: stream.sender._is_broken)
-    with pytest.raises(PiecesLost):
+    with pytest.raises(ChunksLost):
         stream.put(b"b")
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
@@ -372,17 +372,17 @@ async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_th
     await proxy._endpoint._receiver.close()
 
 
-async def test_more_pieces_than_were_sent_are_a_mistake_that_nobody_waits_for() -> None:
+async def test_more_chunks_than_were_sent_are_a_mistake_that_nobody_waits_for() -> None:
     receiver = Receiver()
     for num_taken, num_waiting in ((0, 3), (3, 0), (2, 1)):
-        passage = receiver.open()
-        passage.begin(1)
+        incoming = receiver.open()
+        incoming.begin(1)
         for _ in range(num_waiting):
-            passage.put(1, b"a")
-        passage.end_after(2)
+            incoming.put(1, b"a")
+        incoming.end_after(2)
         async with asyncio.timeout(60):
-            with pytest.raises(PiecesLost, match="of 2 pieces 3 came"):
-                await passage.take(num_taken, late_s=3600)
+            with pytest.raises(ChunksLost, match="of 2 chunks 3 came"):
+                await incoming.take(num_taken, late_s=3600)
     await receiver.close()
 
 
@@ -437,10 +437,10 @@ async def test_what_may_wait_for_a_proxy_that_stands_still_is_bounded_in_bytes(m
         sender, num_bytes = Sender(folder.socket("still")), 0
         await come_true(lambda: sender.is_connected)
         while not sender._is_broken and num_bytes < 64 << 20:
-            num_bytes += 128 * len(piece := bytes(8 << 10))
-            with contextlib.suppress(PiecesLost):
+            num_bytes += 128 * len(chunk := bytes(8 << 10))
+            with contextlib.suppress(ChunksLost):
                 for answer in range(128):
-                    sender.put(answer, piece)
+                    sender.put(answer, chunk)
             await asyncio.sleep(0)
         assert sender._is_broken
         assert num_bytes < 8 << 20, "what the kernel takes besides is less"
