@@ -46,7 +46,7 @@ class RayExecutor:
     def __init__(
         self,
         *,
-        ranks: RankLauncher,
+        launcher: RankLauncher,
         resources: RankResources,
         config: ReplicaConfig,
         placement_group: ReplicaPlacementGroup,
@@ -60,7 +60,7 @@ class RayExecutor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._workers: list[WorkerHandle] = []
-        self._results = ShardResults(ranks.topology.dp)
+        self._results = ShardResults(launcher.topology.dp)
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
         self._broken = False
@@ -68,12 +68,12 @@ class RayExecutor:
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch_workers, name="rank-watcher", daemon=True)
         try:
-            start_workers(self._workers, ranks, resources, placement_group, folder, self._context)
+            start_workers(self._workers, launcher, resources, placement_group, folder, self._context)
             connect_workers(self._workers, silence_s=config.host_silence_s)
             if examine:
-                examine_workers(self._workers, ranks)
+                examine_workers(self._workers, launcher)
             self._listen_to_all()
-            self._capacity = self._load(ranks)
+            self._capacity = self._load(launcher)
         except BaseException:
             self.close()
             raise
@@ -118,7 +118,7 @@ class RayExecutor:
             if worker.disconnect_monitor is not None:
                 self._poller.register(worker.disconnect_monitor, zmq.POLLIN)
 
-    def _load(self, ranks: RankLauncher) -> Capacity:
+    def _load(self, launcher: RankLauncher) -> Capacity:
         """Have every rank load its share of the model, and wait until all are ready. Returns the smallest capacity."""
         locations = self.locations
         rendezvous = f"tcp://{locations[0].ip}:{locations[0].free_port}" if len(locations) > 1 else None
@@ -133,7 +133,9 @@ class RayExecutor:
         )
         for worker, location in zip(self._workers, locations, strict=True):
             on_host = sum(other.node == location.node for other in locations)
-            worker.serve_call = worker.actor.serve.remote(ranks=ranks, rendezvous=rendezvous, ranks_on_host=on_host, deadlines=deadlines)
+            worker.serve_call = worker.actor.serve.remote(
+                launcher=launcher, rendezvous=rendezvous, ranks_on_host=on_host, deadlines=deadlines
+            )
         self._watcher.start()
         heard = time.monotonic()
         while any(worker.capacity is None for worker in self._workers):

@@ -16,7 +16,7 @@ class ReplicaPlacementGroup:
         self.group, self._owned = group, owned
 
     @classmethod
-    def current_or_new(cls, ranks: RankLauncher, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
+    def current_or_new(cls, launcher: RankLauncher, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
         """The placement group of the current actor (which must come from `placement.bundles`), or a new one if it has none.
 
         Raises:
@@ -25,7 +25,7 @@ class ReplicaPlacementGroup:
         current = get_current_placement_group()
         if current is not None:
             return cls(current, owned=False)
-        wanted = placement.bundles(ranks.topology, resources)
+        wanted = placement.bundles(launcher.topology, resources)
         group = placement_group(wanted, strategy=placement.strategy(resources))
         if not group.wait(timeout_s):
             remove_placement_group(group)

@@ -45,7 +45,7 @@ class Replica:
         id: str,
         app: str,
         model: str,
-        ranks: RankLauncher,
+        launcher: RankLauncher,
         engine_config: EngineConfig,
         resources: RankResources | None = None,
         config: ReplicaConfig | None = None,
@@ -53,11 +53,11 @@ class Replica:
     ) -> None:
         """``version``: that of the deployed application; it tells its replicas from those of an earlier deployment."""
         self.id, self.model, self._version = id, model, version
-        self._ranks, self._engine_config = ranks, engine_config
+        self._launcher, self._engine_config = launcher, engine_config
         self._resources = resources or RankResources()
         self._config = config or ReplicaConfig()
         self._reporter = Reporter(app)
-        self._start_progress = StartProgressTracker(ranks.topology.size)
+        self._start_progress = StartProgressTracker(launcher.topology.size)
         self._closed = threading.Event()
         self._placement_group: ReplicaPlacementGroup | None = None
         self._executor: RayExecutor | None = None
@@ -92,7 +92,7 @@ class Replica:
         """
         self._heart.start()
         try:
-            self._placement_group = ReplicaPlacementGroup.current_or_new(self._ranks, self._resources, timeout_s=PLACEMENT_TIMEOUT_S)
+            self._placement_group = ReplicaPlacementGroup.current_or_new(self._launcher, self._resources, timeout_s=PLACEMENT_TIMEOUT_S)
             executor = self._start_executor()
             self._engine = Engine(executor, self._engine_config, recover=self._recover, policy=FairShare(), listener=self._journal)
             self._engine_thread.start()
@@ -164,9 +164,9 @@ class Replica:
         hit("replica.start")
         assert self._placement_group is not None
         self._canary.note_restart()
-        self._start_progress = StartProgressTracker(self._ranks.topology.size)
+        self._start_progress = StartProgressTracker(self._launcher.topology.size)
         executor = RayExecutor(
-            ranks=self._ranks,
+            launcher=self._launcher,
             resources=self._resources,
             config=self._config,
             placement_group=self._placement_group,

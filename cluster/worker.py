@@ -189,14 +189,14 @@ class Worker:
             crash_report_file=str(self._crash_report_file) if self._crash_report_file else None,
         )
 
-    def examine(self, ranks: RankLauncher) -> Examined:
+    def examine(self, launcher: RankLauncher) -> Examined:
         """Gather facts about this process and its host, for the checks that run before anything is loaded."""
-        return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), ranks.check_host)
+        return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), launcher.check_host)
 
-    def serve(self, *, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+    def serve(self, *, launcher: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         """Start the rank and run plans until `Stop` arrives. An exception is reported to the replica before it is raised."""
         try:
-            self._serve(ranks, rendezvous, ranks_on_host, deadlines)
+            self._serve(launcher, rendezvous, ranks_on_host, deadlines)
         except BaseException as error:
             _set_kill_timer(0)
             self._report_failure(error)
@@ -209,7 +209,7 @@ class Worker:
             if self._crash_report_file is not None:
                 self._crash_report_file.unlink(missing_ok=True)
 
-    def _serve(self, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+    def _serve(self, launcher: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         def on_progress(progress: Progress) -> None:
             _set_kill_timer(deadlines.start_s)
             self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
@@ -218,7 +218,7 @@ class Worker:
         _set_kill_timer(deadlines.start_s)
         hit("rank.load")
         with (
-            ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank,
+            launcher.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank,
             self._reporting_failure(deadlines.step_s),
         ):
             _set_kill_timer(0)

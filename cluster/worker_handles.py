@@ -71,7 +71,7 @@ class WorkerHandle:
 
 def start_workers(
     workers: list[WorkerHandle],
-    ranks: RankLauncher,
+    launcher: RankLauncher,
     resources: RankResources,
     placement_group: ReplicaPlacementGroup,
     folder: PrivateFolder,
@@ -81,13 +81,13 @@ def start_workers(
     those that were started if a later one fails."""
     actor_class = ray.remote(Worker)
     token = os.urandom(4).hex()
-    for rank in range(ranks.topology.size):
+    for rank in range(launcher.topology.size):
         actor = actor_class.options(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or 0,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group.group, placement.bundle_of(rank, ranks.topology, resources)
+                placement_group.group, placement.bundle_of(rank, launcher.topology, resources)
             ),
         ).remote(rank)
         workers.append(WorkerHandle(rank, actor, context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
@@ -120,7 +120,7 @@ def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> Non
                 raise StartFailed(f"{worker.name} is not there any more: {error}") from error
 
 
-def examine_workers(workers: Sequence[WorkerHandle], ranks: RankLauncher) -> None:
+def examine_workers(workers: Sequence[WorkerHandle], launcher: RankLauncher) -> None:
     """Run the quick checks of `manta doctor` in the processes that are about to load the model.
 
     Raises:
@@ -128,7 +128,7 @@ def examine_workers(workers: Sequence[WorkerHandle], ranks: RankLauncher) -> Non
         StartFailed: a worker did not answer.
     """
     try:
-        survey = survey_actors([worker.actor for worker in workers], ranks.need, lambda actor: actor.examine.remote(ranks))
+        survey = survey_actors([worker.actor for worker in workers], launcher.need, lambda actor: actor.examine.remote(launcher))
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise StartFailed(f"the worker processes could not be examined: {error}") from error
     fatal = [finding for finding in survey.findings if finding.severity is Severity.FATAL]

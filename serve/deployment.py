@@ -48,7 +48,7 @@ from serve.metrics_page import METRICS_BOARD, MetricsPage
 from serve.model_facts import ModelFacts
 from serve.model_source import download_if_needed, needs_download, source_name
 from serve.quotas import Quotas
-from serve.rank_download import DownloadingRanks
+from serve.rank_download import DownloadingRankLauncher
 from serve.replicas_per_host import max_replicas_per_host
 from serve.request_metrics import RequestMetrics
 from serve.request_observer import Observer
@@ -116,8 +116,8 @@ class _Engine:
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=ray_serve.get_replica_context().app_name,
             model=model.name,
-            ranks=DownloadingRanks(
-                ranks=ModelRankLauncher(
+            launcher=DownloadingRankLauncher(
+                launcher=ModelRankLauncher(
                     checkpoint_folder=model.location,
                     adapter=model.adapter,
                     topology=config.parallel.topology,

@@ -26,30 +26,30 @@ class DownloadProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DownloadingRanks:
-    """Like ``ranks``, but its checkpoint, adapter and draft model may be locations that `download_if_needed` downloads first."""
+class DownloadingRankLauncher:
+    """Like ``launcher``, but its checkpoint, adapter and draft model may be locations that `download_if_needed` downloads first."""
 
-    ranks: ModelRankLauncher
+    launcher: ModelRankLauncher
 
     @property
     def topology(self) -> Topology:
-        return self.ranks.topology
+        return self.launcher.topology
 
     @property
     def need(self) -> Need:
-        return self.ranks.need
+        return self.launcher.need
 
     def check_host(self) -> None:
-        self.ranks.check_host()
+        self.launcher.check_host()
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
-        ranks = replace(self.ranks, checkpoint_folder=_download(self.ranks.checkpoint_folder, on_progress))
-        if ranks.adapter is not None:
-            ranks = replace(ranks, adapter=_download(ranks.adapter, on_progress))
-        if (draft := ranks.runner_config.draft_model) is not None:
-            runner_config = replace(ranks.runner_config, draft_model=str(_download(draft, on_progress)))
-            ranks = replace(ranks, runner_config=runner_config)
-        return ranks.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
+        launcher = replace(self.launcher, checkpoint_folder=_download(self.launcher.checkpoint_folder, on_progress))
+        if launcher.adapter is not None:
+            launcher = replace(launcher, adapter=_download(launcher.adapter, on_progress))
+        if (draft := launcher.runner_config.draft_model) is not None:
+            runner_config = replace(launcher.runner_config, draft_model=str(_download(draft, on_progress)))
+            launcher = replace(launcher, runner_config=runner_config)
+        return launcher.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
 
 
 def _download(location: Path | str, on_progress: OnProgress) -> Path | str:

@@ -132,7 +132,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             ):  # Ray reports lost hosts on stdout
                 (config,) = assign_devices([config], host_resources())
                 need = host_requirements(folder, config, adapter)
-                ranks = found and ModelRankLauncher(
+                launcher = found and ModelRankLauncher(
                     checkpoint_folder=found.location,
                     topology=topology,
                     runner_config=config.runner,
@@ -140,7 +140,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
                     adapter=found.adapter,
                     need=need,
                 )
-                return survey_cluster(topology, config.resources, need, host_check=ranks.check_host if ranks else None)
+                return survey_cluster(topology, config.resources, need, host_check=launcher.check_host if launcher else None)
         except CannotJoin as error:
             exit_with_error(str(error))
     except DeviceError as error:

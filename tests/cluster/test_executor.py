@@ -24,7 +24,7 @@ from tests.cluster.fake_ranks import CRASH, CRASH_AND_RAISE, RAISE, SLEEP, SPIN,
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
-RANKS = FakeRankLauncher(topology=Topology(tp=2))
+LAUNCHER = FakeRankLauncher(topology=Topology(tp=2))
 CONFIG = ReplicaConfig(first_step_timeout_s=20, step_timeout_s=3, start_timeout_s=60)
 
 
@@ -33,13 +33,17 @@ def plan(step: int, token: int = 1) -> StepPlan:
 
 
 @contextmanager
-def executor(ranks: FakeRankLauncher = RANKS, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]) -> Iterator[RayExecutor]:
+def executor(
+    launcher: FakeRankLauncher = LAUNCHER, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]
+) -> Iterator[RayExecutor]:
     folder = PrivateFolder()
     resources = RankResources(cpus=1)
-    placement_group = ReplicaPlacementGroup.current_or_new(ranks, resources, timeout_s=30)
+    placement_group = ReplicaPlacementGroup.current_or_new(launcher, resources, timeout_s=30)
     made = None
     try:
-        made = RayExecutor(ranks=ranks, resources=resources, config=config, placement_group=placement_group, folder=folder, **callbacks)
+        made = RayExecutor(
+            launcher=launcher, resources=resources, config=config, placement_group=placement_group, folder=folder, **callbacks
+        )
         yield made
     finally:
         if made is not None:
@@ -129,9 +133,9 @@ def test_a_rank_that_is_told_to_end_was_ended_from_outside() -> None:
 
 def test_ranks_leave_nothing_in_their_folder() -> None:
     folder = PrivateFolder()
-    placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
+    placement_group = ReplicaPlacementGroup.current_or_new(LAUNCHER, RankResources(), timeout_s=30)
     before = sorted(folder.path.iterdir())
-    ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, placement_group=placement_group, folder=folder)
+    ranks = RayExecutor(launcher=LAUNCHER, resources=RankResources(), config=CONFIG, placement_group=placement_group, folder=folder)
     with pytest.raises(WorkersLost):
         ranks.submit(plan(0, CRASH)).result()
     ranks.close()
@@ -171,10 +175,10 @@ def test_a_rank_that_cannot_start_is_named_with_its_reason_and_leaves_nothing() 
 
 
 def test_what_a_look_at_the_hosts_finds_missing_is_said_before_any_rank_loads() -> None:
-    ranks = FakeRankLauncher(topology=Topology(tp=2), missing="there is no /models/x/config.json", fails_to_start=0)
+    launcher = FakeRankLauncher(topology=Topology(tp=2), missing="there is no /models/x/config.json", fails_to_start=0)
     with (
         pytest.raises(StartFailed, match=rf"{socket.gethostname()}: the checkpoint cannot be opened.*there is no /models/x"),
-        executor(ranks),
+        executor(launcher),
     ):
         pass
 
@@ -208,8 +212,8 @@ def _command(pid: int) -> list[str]:
 
 def test_new_ranks_start_on_the_ground_of_the_old() -> None:
     folder = PrivateFolder()
-    placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
-    settings = {"ranks": RANKS, "resources": RankResources(), "config": CONFIG, "placement_group": placement_group, "folder": folder}
+    placement_group = ReplicaPlacementGroup.current_or_new(LAUNCHER, RankResources(), timeout_s=30)
+    settings = {"launcher": LAUNCHER, "resources": RankResources(), "config": CONFIG, "placement_group": placement_group, "folder": folder}
     first = RayExecutor(**settings)
     os.kill(first.locations[0].pid, signal.SIGKILL)
     with pytest.raises(WorkersLost):
@@ -228,9 +232,9 @@ class Owner:
 
     def begin(self) -> list[int]:
         self.folder = PrivateFolder()
-        self.placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
+        self.placement_group = ReplicaPlacementGroup.current_or_new(LAUNCHER, RankResources(), timeout_s=30)
         self.ranks = RayExecutor(
-            ranks=RANKS, resources=RankResources(), config=CONFIG, placement_group=self.placement_group, folder=self.folder
+            launcher=LAUNCHER, resources=RankResources(), config=CONFIG, placement_group=self.placement_group, folder=self.folder
         )
         self.ranks.submit(plan(0)).result()
         return [os.getpid(), *(place.pid for place in self.ranks.locations)]

@@ -54,8 +54,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def new_replica(checkpoint: Path, *, id: str, app: str) -> Replica:
     runner = RunnerConfig(device="cpu", dtype="float32", num_threads=1, kv_cache_bytes=2**21)
-    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=Topology(tp=2), runner_config=runner, engine_config=ENGINE)
-    return Replica(id=id, app=app, model="tiny", ranks=ranks, engine_config=ENGINE, config=CONFIG)
+    launcher = ModelRankLauncher(checkpoint_folder=checkpoint, topology=Topology(tp=2), runner_config=runner, engine_config=ENGINE)
+    return Replica(id=id, app=app, model="tiny", launcher=launcher, engine_config=ENGINE, config=CONFIG)
 
 
 @contextmanager

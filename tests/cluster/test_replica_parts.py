@@ -29,7 +29,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
             id="a",
             app="app",
             model="m",
-            ranks=FakeRankLauncher(topology=Topology()),
+            launcher=FakeRankLauncher(topology=Topology()),
             engine_config=EngineConfig(),
             config=ReplicaConfig(heartbeat_s=0.02, other_hosts=False),
         )

@@ -94,9 +94,9 @@ def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypat
     actors = SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=lambda rank: f"actor {rank}"))
     monkeypatch.setattr("cluster.worker_handles.ray.remote", lambda _class: actors)
     folder, context = SimpleNamespace(socket=socket), SimpleNamespace(socket=lambda _kind: None)
-    ranks, placement_group = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
+    launcher, placement_group = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
     with pytest.raises(OSError, match="no place"):
-        start_workers(workers, ranks, RankResources(), placement_group, folder, context)  # type: ignore[arg-type]
+        start_workers(workers, launcher, RankResources(), placement_group, folder, context)  # type: ignore[arg-type]
     assert [worker.actor for worker in workers] == ["actor 0"]
 
 

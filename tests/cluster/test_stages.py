@@ -32,10 +32,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_as_many_parts_of_a_prompt_are_under_way_as_there_are_stages(num_stages: int, checkpoint: Path, tmp_path: Path) -> None:
     topology = Topology(pp=num_stages)
     runner = float32_config(num_blocks=160, block_tokens=16, max_context_tokens=2048)
-    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
-    waiting = StagesThatWait(ranks=ranks, begun=tmp_path)
+    launcher = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
+    waiting = StagesThatWait(launcher=launcher, begun=tmp_path)
     app = f"stages-{num_stages}"
-    replica = Replica(id=app, app=app, model="tiny", ranks=waiting, engine_config=ENGINE, config=CONFIG)
+    replica = Replica(id=app, app=app, model="tiny", launcher=waiting, engine_config=ENGINE, config=CONFIG)
     replica.start()
     try:
         async with front(app) as router:

@@ -74,8 +74,8 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900), pytest.mark.usefixtu
 
 
 @contextmanager
-def running(ranks: RankLauncher, app: str, resources: RankResources) -> Iterator[Replica]:
-    replica = Replica(id=app, app=app, model="tiny", ranks=ranks, engine_config=ENGINE, resources=resources, config=CONFIG)
+def running(launcher: RankLauncher, app: str, resources: RankResources) -> Iterator[Replica]:
+    replica = Replica(id=app, app=app, model="tiny", launcher=launcher, engine_config=ENGINE, resources=resources, config=CONFIG)
     replica.start()
     try:
         yield replica
@@ -142,9 +142,9 @@ async def test_one_replica_over_both_answers_as_transformers(
 ) -> None:
     checkpoint = (write_dense if kind == "dense" else write_moe)(tmp_path, num_hidden_layers=2)
     runner = float32_config(num_blocks=64, block_tokens=16)
-    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
+    launcher = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
     app = f"over-both-{kind}-{topology.size}-{topology.tp}"
-    with running(ranks, app, resources) as replica:
+    with running(launcher, app, resources) as replica:
         assert len(set(hosts_of(replica))) == 2
         async with front(app) as router:
             tokens = await answer(router, GREEDY)
@@ -154,10 +154,10 @@ async def test_one_replica_over_both_answers_as_transformers(
 
 def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
     """And so it is blamed for its end, and with it the request that it was at."""
-    ranks = FakeRankLauncher(topology=Topology(pp=2))
-    folder, placement_group = PrivateFolder(), ReplicaPlacementGroup.current_or_new(ranks, ONE_PER_HOST, timeout_s=30)
+    launcher = FakeRankLauncher(topology=Topology(pp=2))
+    folder, placement_group = PrivateFolder(), ReplicaPlacementGroup.current_or_new(launcher, ONE_PER_HOST, timeout_s=30)
     try:
-        executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, placement_group=placement_group, folder=folder)
+        executor = RayExecutor(launcher=launcher, resources=ONE_PER_HOST, config=CONFIG, placement_group=placement_group, folder=folder)
         try:
             far = executor.locations[1]
             assert far.crash_report_file is not None, "it is on the other host than this process"

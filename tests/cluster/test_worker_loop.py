@@ -67,7 +67,7 @@ def talking(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SlowRank, "zmq.So
     def start(**_options: object) -> Iterator[SlowRank]:
         yield rank
 
-    thread = threading.Thread(target=worker._serve, kwargs=CALL | {"ranks": SimpleNamespace(start=start)}, daemon=True)
+    thread = threading.Thread(target=worker._serve, kwargs=CALL | {"launcher": SimpleNamespace(start=start)}, daemon=True)
     thread.start()
     assert isinstance(decode(here.recv()), RankReady)
     yield rank, here
@@ -134,7 +134,7 @@ def test_what_a_step_raised_is_told_before_the_rank_lets_go_of_its_device_and_no
     listener = threading.Thread(target=listen)
     listener.start()
     with pytest.raises(ValueError, match="graphs cannot be destroyed"):
-        worker.serve(ranks=SimpleNamespace(start=start), **CALL)
+        worker.serve(launcher=SimpleNamespace(start=start), **CALL)
     listener.join(LIMIT_S)
     _, failed = heard
     assert isinstance(failed, RankFailed)
@@ -161,7 +161,7 @@ def test_a_rank_that_is_called_before_its_replica_is_connected_waits_for_it(monk
     late = threading.Timer(0.2, come_late)
     late.start()
     try:
-        worker.serve(ranks=SimpleNamespace(start=start), **CALL)
+        worker.serve(launcher=SimpleNamespace(start=start), **CALL)
         assert isinstance(decode(here.recv()), RankReady)
     finally:
         late.join()
@@ -175,5 +175,5 @@ def test_a_rank_whose_replica_never_connects_says_so(monkeypatch: pytest.MonkeyP
     worker._socket.bind("inproc://never")
     deadlines = Deadlines(start_s=0.01, first_step_s=LIMIT_S, step_s=LIMIT_S)
     with pytest.raises(ChannelError, match=r"did not connect within 0\.01 s"):
-        worker.serve(ranks=SimpleNamespace(), rendezvous=None, ranks_on_host=1, deadlines=deadlines)  # type: ignore[arg-type]
+        worker.serve(launcher=SimpleNamespace(), rendezvous=None, ranks_on_host=1, deadlines=deadlines)  # type: ignore[arg-type]
     assert not any(alarms), "the kernel's alarm would have been sooner, without a word"

@@ -56,19 +56,19 @@ class WaitsForTheOthers:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesThatWait:
-    ranks: ModelRankLauncher
+    launcher: ModelRankLauncher
     begun: Path
     need: Need = field(default_factory=Need)
 
     @property
     def topology(self) -> Topology:
-        return self.ranks.topology
+        return self.launcher.topology
 
     def check_host(self) -> None:
-        self.ranks.check_host()
+        self.launcher.check_host()
 
     @contextmanager
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[Rank]:
-        started = self.ranks.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
+        started = self.launcher.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
         with started as inner:
             yield WaitsForTheOthers(inner, self.topology.coordinates(rank).pp, self.begun)
