@@ -100,7 +100,7 @@ def _small_files(model: ServedModel) -> Path:
     return files_with_adapter(base, adapter)
 
 
-class _Engine:
+class _ReplicaDeployment:
     """One replica of a model. Fronts connect to it by a socket; Ray Serve only starts, checks and replaces it."""
 
     async def __init__(self, model: ServedModel, deployed: ApplicationInfo) -> None:  # type: ignore[misc]  # Ray Serve awaits it
@@ -147,8 +147,8 @@ class _Engine:
 class _Front:
     """HTTP and gRPC for all models. Ray Serve's proxies call the ASGI app for HTTP, and the methods named like gRPC's for gRPC."""
 
-    async def __init__(self, models: Sequence[ServedModel], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
-        """``engines`` is unused: deployments must be bound for Ray Serve to deploy them."""
+    async def __init__(self, models: Sequence[ServedModel], config: ServeConfig, *replica_deployments: Any) -> None:  # type: ignore[misc]
+        """``replica_deployments`` is unused: deployments must be bound for Ray Serve to deploy them."""
         configure(config.logging.level, config.logging.format)
         shared_context()
         self._config = config
@@ -163,7 +163,7 @@ class _Front:
             from serve.tracing import otlp_tracing  # opentelemetry: an extra
 
             observers.append(otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
-        self._catalog = Catalog([await self._offer(app, model, names, observers=observers) for model in models])
+        self._catalog = Catalog([await self._make_service(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._gate = DrainGate(IdempotentService(self._catalog))
@@ -174,10 +174,10 @@ class _Front:
         self._health = HealthServicer(self._gate.ready)
         self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # otherwise there is no autoscaler to read it
-            self._demand.keep_publishing(self._what_waits, every_s=DEMAND_EVERY_S)
+            self._demand.keep_publishing(self._waiting_requests, every_s=DEMAND_EVERY_S)
         tune_gc()
 
-    async def _offer(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
+    async def _make_service(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
         """Connect to a model's replicas and create the service for it. ``names``: names of all models."""
         node = ray.get_runtime_context().get_node_id()
         replicas, scaling = model.config.replicas, model.config.autoscaling
@@ -213,7 +213,7 @@ class _Front:
             names=names,
         )
 
-    def _what_waits(self) -> dict[str, Any]:
+    def _waiting_requests(self) -> dict[str, Any]:
         """The requests that wait in this front, by model, for the autoscaler."""
         return {facts.name: router.admission_queue.demand() for facts, router in zip(self._catalog.models(), self._routers, strict=True)}
 
@@ -324,15 +324,15 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
         max_surge_percent=100,  # fronts are cheap, and a new front that fails to start must not have replaced a working one
         logging_config=_logging(config),
     )
-    app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model, deployed) for model in models))
+    app: ray_serve.Application = fronts.bind(tuple(models), config, *(_replica_deployment(model, deployed) for model in models))
     return app
 
 
-def _engines(model: ServedModel, deployed: ApplicationInfo) -> Any:
+def _replica_deployment(model: ServedModel, deployed: ApplicationInfo) -> Any:
     config = model.config
-    engines: Any = ray_serve.deployment(
-        _Engine,
-        name=engine_deployment_name(model.name),
+    deployment: Any = ray_serve.deployment(
+        _ReplicaDeployment,
+        name=replica_deployment_name(model.name),
         **_number_of_replicas(model),
         max_surge_percent=config.replicas.max_surge_percent,
         placement_group_bundles=bundles(config.parallel.topology, config.resources),
@@ -345,7 +345,7 @@ def _engines(model: ServedModel, deployed: ApplicationInfo) -> Any:
         max_constructor_retry_count=2,
         logging_config=_logging(config),
     )
-    return engines.bind(model, deployed)
+    return deployment.bind(model, deployed)
 
 
 def _number_of_replicas(model: ServedModel) -> dict[str, Any]:
@@ -363,11 +363,12 @@ def _number_of_replicas(model: ServedModel) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def engine_deployment_name(model: str) -> str:
+def replica_deployment_name(model: str) -> str:
     """Name of a model's deployment: the model's name with characters replaced that Ray Serve may not accept.
 
     Qwen/Qwen2-7B  ->  EngineDeployment-Qwen-Qwen2-7B-3f81c2
     """
+    # The prefix stays: Ray Serve upgrades a deployment replica by replica only if the name is the same.
     plain = re.sub(r"[^A-Za-z0-9_.]+", "-", model)
     return f"EngineDeployment-{plain}" + (f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" if plain != model else "")
 
