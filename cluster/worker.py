@@ -152,7 +152,7 @@ class Worker:
         self.rank = rank
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
-        self._guard: KeyAuthenticator | None = None
+        self._authenticator: KeyAuthenticator | None = None
         self._disconnect_watcher: DisconnectWatcher | None = None
         self._step: int | None = None
         self._has_reported = False
@@ -172,8 +172,8 @@ class Worker:
             crash_report.enable(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
-            self._guard = KeyAuthenticator(self._context, {replica_key})
-            self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
+            self._authenticator = KeyAuthenticator(self._context, {replica_key})
+            self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._exit_process)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
             self._crash_report_file = crash_report.new_file(self.rank)
             crash_report.enable(self._crash_report_file)
@@ -202,7 +202,7 @@ class Worker:
             self._report_failure(error)
             raise
         finally:
-            for helper in (self._disconnect_watcher, self._guard):
+            for helper in (self._disconnect_watcher, self._authenticator):
                 if helper is not None:
                     helper.close()
             self._context.destroy(linger=2000)
@@ -223,37 +223,43 @@ class Worker:
         ):
             _set_kill_timer(0)
             self._send(RankReady(self.rank, rank.capacity))
-            deadline_s, running = deadlines.first_step_s, NO_RESULT
+            step_s, previous = deadlines.first_step_s, NO_RESULT
+
+            def finish(step: StepHandle) -> None:
+                """Send the step's result. From the first one on, a step may take only ``deadlines.step_s``."""
+                nonlocal step_s
+                self._send_result(step)
+                if step is not NO_RESULT:
+                    step_s = deadlines.step_s
+
             while True:
-                if not message_comes_first(running, self._has_message):
-                    deadline_s = deadlines.step_s if running is not NO_RESULT else deadline_s
-                    self._send_result(running)
-                    running = NO_RESULT
+                if not message_comes_first(previous, self._has_message):
+                    finish(previous)
+                    previous = NO_RESULT
                 if isinstance(plan := decode(self._socket.recv()), Stop):
                     break
                 assert isinstance(plan, StepPlan)
                 self._step = plan.step
-                _set_kill_timer(deadline_s)
+                _set_kill_timer(step_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
-                following = rank.begin(plan)
-                deadline_s = deadlines.step_s if running is not NO_RESULT else deadline_s
-                self._send_result(running)
-                running = following
-                _set_kill_timer(deadline_s)
+                begun = rank.begin(plan)
+                finish(previous)
+                previous = begun
+                _set_kill_timer(step_s)
             if self._disconnect_watcher is not None:
                 self._disconnect_watcher.disarm()
             _set_kill_timer(deadlines.step_s)
         _set_kill_timer(0)
 
     @contextmanager
-    def _reporting_failure(self, leave_s: float) -> Iterator[None]:
+    def _reporting_failure(self, teardown_s: float) -> Iterator[None]:
         """Report an exception before the rank is torn down: after the loss of a device, releasing its graphs and process groups may hang
-        or raise errors of its own. ``leave_s`` limits the teardown."""
+        or raise errors of its own. ``teardown_s`` limits the teardown."""
         try:
             yield
         except BaseException as error:
             self._report_failure(error)
-            _set_kill_timer(leave_s)
+            _set_kill_timer(teardown_s)
             raise
 
     def _report_failure(self, error: BaseException) -> None:
@@ -271,8 +277,8 @@ class Worker:
         if not self._socket.poll(int(1000 * within_s), zmq.POLLOUT):
             raise ChannelError(f"the replica did not connect within {within_s:g} s")
 
-    def _send_result(self, running: StepHandle) -> None:
-        result = running.result()
+    def _send_result(self, step: StepHandle) -> None:
+        result = step.result()
         _set_kill_timer(0)
         if result is not None and not hit("rank.answer"):
             self._send(result)
@@ -280,7 +286,7 @@ class Worker:
     def _has_message(self) -> bool:
         return bool(self._socket.poll(0))
 
-    def _end(self) -> None:
+    def _exit_process(self) -> None:
         """End this process at once: the replica or its host is gone, and a collective that waits in native code would never return."""
         print(f"rank {self.rank} ends: nothing is heard from its replica", file=sys.stderr, flush=True)
         if self._crash_report_file is not None:
