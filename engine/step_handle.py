@@ -2,27 +2,37 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.plan import StepResult
 
 
-@dataclass(eq=False)
-class StepHandle:
-    """A step that is complete. Subclasses are steps that a device still computes."""
-
-    outcome: StepResult | None
-    """None on a rank that does not sample."""
+class StepHandle(Protocol):
+    """A step that a rank has begun, and that a device may still compute."""
 
     def is_done(self) -> bool:
         """Whether `result` would return at once."""
+        ...
+
+    def result(self) -> StepResult | None:
+        """Wait for the step and return what it yielded; None on a rank that does not sample."""
+        ...
+
+
+@dataclass(eq=False)
+class CompletedStep:
+    """A `StepHandle` whose result is there."""
+
+    outcome: StepResult | None
+
+    def is_done(self) -> bool:
         return True
 
     def result(self) -> StepResult | None:
-        """Wait for the step and return what it yielded."""
         return self.outcome
 
 
-NO_RESULT = StepHandle(None)
+NO_RESULT: StepHandle = CompletedStep(None)
 
 
 def message_comes_first(step: StepHandle, has_message: Callable[[], bool]) -> bool:

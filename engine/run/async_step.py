@@ -10,13 +10,14 @@ from torch import Tensor
 from engine.plan import StepPlan, StepResult
 from engine.run.decode_rows import DecodeRows
 from engine.run.sampling.sampler_graphs import Report
-from engine.step_handle import StepHandle
 
 
 @dataclass(eq=False)
-class AsyncStep(StepHandle):
-    """Returned by `engine.run.runner.Runner.begin` for a step that needs nothing from the host."""
+class AsyncStep:
+    """A `StepHandle` returned by `engine.run.runner.Runner.begin` for a step that needs nothing from the host."""
 
+    outcome: StepResult | None
+    """None until `finish` has read it."""
     plan: StepPlan
     rows: DecodeRows
     """A token is `NO_TOKEN` if it was not known when the step was launched."""

@@ -16,7 +16,7 @@ from engine.run.open_sequences import OpenSequences
 from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.columns import NEEDS, TRACKS_TOKENS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
-from engine.step_handle import StepHandle
+from engine.step_handle import CompletedStep, StepHandle
 from parallel.last_collective import record_replay
 
 
@@ -56,7 +56,7 @@ class GraphSteps:
             return self.async_steps.begin(step, launch, self.sampler_graphs)
         self.async_steps.finish_all()
         rows.fill_unknown(self.sequences.last_tokens)
-        return StepHandle(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
+        return CompletedStep(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
 
     def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
         """Execute a step to its end. ``columns`` is None on a rank that does not sample."""

@@ -30,7 +30,7 @@ from engine.run.result_builder import ResultBuilder
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs
-from engine.step_handle import StepHandle
+from engine.step_handle import CompletedStep, StepHandle
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.topology import Topology
@@ -185,7 +185,7 @@ class Runner:
             if steps is not None and (begun := steps.begin(plan, began)) is not None:
                 return begun
         self.async_steps.finish_all()
-        return StepHandle(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
+        return CompletedStep(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
     def _rebalance(self, order: Rebalance) -> RebalanceResult:
         self.async_steps.finish_all()

@@ -12,7 +12,7 @@ from cluster.worker import OnProgress
 from engine.executor import Capacity
 from engine.load_stats import LoadStats
 from engine.plan import SampledTokens, StepPlan, StepResult
-from engine.step_handle import StepHandle
+from engine.step_handle import CompletedStep, StepHandle
 from parallel.topology import Topology
 
 RAISE, SPIN, SLEEP, CRASH, CRASH_AND_RAISE = 666, 667, 668, 669, 670
@@ -40,7 +40,7 @@ class FakeRank:
     topology: Topology
 
     def begin(self, plan: StepPlan) -> StepHandle:
-        return StepHandle(self.run(plan))
+        return CompletedStep(self.run(plan))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         tokens = [token for work in plan.works for token in work.tokens]

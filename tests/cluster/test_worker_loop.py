@@ -14,13 +14,14 @@ from cluster.messages import RankFailed, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Worker
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
-from engine.step_handle import StepHandle, message_comes_first
+from engine.step_handle import CompletedStep, message_comes_first
 
 LIMIT_S = 60.0
 
 
 @dataclass(eq=False)
-class AtTheDevice(StepHandle):
+class AtTheDevice:
+    outcome: StepResult | None
     done: threading.Event = field(default_factory=threading.Event)
 
     def is_done(self) -> bool:
@@ -99,7 +100,7 @@ def test_a_step_is_answered_when_it_is_over_though_no_other_plan_comes(talking: 
 
 
 def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() -> None:
-    assert not message_comes_first(StepHandle(None), lambda: pytest.fail("nobody is asked"))
+    assert not message_comes_first(CompletedStep(None), lambda: pytest.fail("nobody is asked"))
     assert message_comes_first(AtTheDevice(None), lambda: True)
 
 

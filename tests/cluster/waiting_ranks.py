@@ -11,7 +11,7 @@ from cluster.doctor.facts import Need
 from cluster.worker import ModelRankLauncher, OnProgress, Rank
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
-from engine.step_handle import StepHandle
+from engine.step_handle import CompletedStep, StepHandle
 from parallel.topology import Topology
 
 PART = 128
@@ -34,7 +34,7 @@ class WaitsForTheOthers:
         return self.rank.capacity
 
     def begin(self, plan: StepPlan) -> StepHandle:
-        return StepHandle(self.run(plan))
+        return CompletedStep(self.run(plan))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         for part in [work.start // PART for work in plan.works if len(work.tokens) == PART]:
