@@ -24,14 +24,14 @@ Value = TypeVar("Value")
 
 NAMESPACE = "manta"
 DEMAND = "demand"
-"""Board on which fronts publish their demand for each model; see `cluster.admission_queue.AdmissionQueue.demand`."""
+"""Topic on which fronts publish their demand for each model; see `cluster.admission_queue.AdmissionQueue.demand`."""
 REFUSALS = "refusals"
-"""Board on which a replica publishes a `Refusal`; see `refusals`."""
+"""Topic on which a replica publishes a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
 """A replica that has not reported for this long is removed."""
-ANSWER_S = 1.0
+FRONT_TIMEOUT_S = 1.0
 """Timeout for the directory's answer to a front, which then goes on with its last answer."""
-ONLOOKER_ANSWER_S = 5.0
+COMMAND_TIMEOUT_S = 5.0
 """Timeout for the directory's answer to a command such as `manta status`."""
 HEAD_RESOURCE_SHARE = 0.001
 """Amount of Ray's resource that marks the head's host; so small that it is never used up."""
@@ -92,7 +92,7 @@ class Refusal:
 
 
 class Register:
-    """The directory's actor: records of replicas, and notes on named boards. Both expire unless they are renewed.
+    """The directory's actor: records of replicas, and notes on named topics. Both expire unless they are renewed.
 
     Actors of another Manta version may call it, so its method names and plain values must not change.
     """
@@ -101,7 +101,7 @@ class Register:
         self._expiry_s, self._clock = expiry_s, clock
         self._begun = clock()
         self._records: dict[str, tuple[float, ReplicaRecord]] = {}
-        self._boards: dict[str, dict[str, tuple[float, Any]]] = {}
+        self._topics: dict[str, dict[str, tuple[float, Any]]] = {}
 
     def report(self, record: ReplicaRecord) -> None:
         self._records[record.id] = (self._clock(), record)
@@ -114,14 +114,14 @@ class Register:
         self._records = self._fresh(self._records)
         return self._clock() - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
 
-    def pin(self, board: str, key: str, note: Any) -> int:
-        """Put a note on a board, where it expires unless it is renewed. Returns how many notes are there. See `cluster.peer_notes`."""
-        self._boards.setdefault(board, {})[key] = (self._clock(), note)
-        return len(self.pinned(board))
+    def pin(self, topic: str, key: str, note: Any) -> int:
+        """Put a note on a topic, where it expires unless it is renewed. Returns how many notes are there. See `cluster.peer_notes`."""
+        self._topics.setdefault(topic, {})[key] = (self._clock(), note)
+        return len(self.pinned(topic))
 
-    def pinned(self, board: str) -> dict[str, Any]:
-        self._boards[board] = self._fresh(self._boards.get(board, {}))
-        return {key: note for key, (_, note) in self._boards[board].items()}
+    def pinned(self, topic: str) -> dict[str, Any]:
+        self._topics[topic] = self._fresh(self._topics.get(topic, {}))
+        return {key: note for key, (_, note) in self._topics[topic].items()}
 
     def demand(self, model: str) -> dict[str, list[dict[str, Any]]]:
         """For the autoscaler, in plain values: the load of a model's replicas, and its demand at the fronts. See `cluster.autoscaling`."""
@@ -181,28 +181,28 @@ class DirectoryClient:
     actor will not come back.
     """
 
-    def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor, answer_s: float = ANSWER_S) -> None:
-        self._app, self._find, self._answer_s = app, find, answer_s
+    def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor, timeout_s: float = FRONT_TIMEOUT_S) -> None:
+        self._app, self._find, self._timeout_s = app, find, timeout_s
         self._finding: asyncio.Future[Any] | None = None
         self._was_unavailable = False
 
-    async def ask(self, method: str, *given: Any) -> Any:
+    async def ask(self, method: str, *arguments: Any) -> Any:
         """Call ``method`` of `Register` and return its result.
 
         Raises:
             DirectoryUnavailable: no answer came in time.
         """
         try:
-            async with asyncio.timeout(self._answer_s):
+            async with asyncio.timeout(self._timeout_s):
                 if self._finding is None:
                     self._finding = self._start_lookup()
                 actor = await asyncio.shield(self._finding)
-                answer = await getattr(actor, method).remote(*given)
+                answer = await getattr(actor, method).remote(*arguments)
         except Exception as error:  # Ray raises many types, one of which is also a TimeoutError
             found = self._finding
             if found is not None and found.done() and (found.exception() is not None or _is_permanent(error)):
                 self._finding = None
-            raise self._unavailable(str(error) or f"no answer within {self._answer_s:g} s") from error
+            raise self._unavailable(str(error) or f"no answer within {self._timeout_s:g} s") from error
         self._was_unavailable = False
         return answer
 
@@ -249,8 +249,8 @@ def refusals(app: str) -> dict[str, Refusal]:
     return {replica: refusal for replica, refusal in found.items() if isinstance(refusal, Refusal)}  # earlier versions published strings
 
 
-def read_directory(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
-    """The directory's records and the notes on one board. Does not create a directory; both are empty if there is none.
+def read_directory(app: str, topic: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
+    """The directory's records and the notes on one topic. Does not create a directory; both are empty if there is none.
 
     Raises:
         DirectoryUnavailable: it did not answer.
@@ -262,9 +262,9 @@ def read_directory(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tup
     except ray.exceptions.RayError as error:
         raise DirectoryUnavailable(str(error)) from error
     try:
-        (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=ONLOOKER_ANSWER_S)
+        (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(topic)], timeout=COMMAND_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
-        raise DirectoryUnavailable(f"no answer within {ONLOOKER_ANSWER_S:g} s") from None
+        raise DirectoryUnavailable(f"no answer within {COMMAND_TIMEOUT_S:g} s") from None
     except ray.exceptions.RayError as error:
         raise DirectoryUnavailable(str(error)) from error
     return tuple(records), tuple(notes.values())

@@ -40,8 +40,8 @@ class StartProgressTracker:
         if read is not None:
             self._read[rank] = read
         start, stop = PHASE_SPANS.get(phase, (0.0, 0.0))
-        share = done / total if total else 0.0
-        self._done[rank] = (start + (stop - start) * min(share, 1.0), phase)
+        fraction = done / total if total else 0.0
+        self._done[rank] = (start + (stop - start) * min(fraction, 1.0), phase)
 
     def read_by(self, rank: int) -> LoadStats | None:
         """What a rank read from the checkpoint, once its weights are loaded."""
@@ -88,7 +88,7 @@ class Health:
         self._ranks_lost = False
         self._lost_host: str | None = None
         self._since = clock()
-        self._progress_at = clock()
+        self._proven_at = clock()
 
     @property
     def state(self) -> State:
@@ -118,12 +118,12 @@ class Health:
 
     def record_token(self) -> None:
         """A token has just come, so all ranks work."""
-        self._progress_at = self._clock()
+        self._proven_at = self._clock()
 
     @property
-    def idle_s(self) -> float:
+    def unproven_s(self) -> float:
         """Seconds since the last proof that all ranks work."""
-        return self._clock() - self._progress_at
+        return self._clock() - self._proven_at
 
     def mark_lost(self, reason: str, *, host: str | None = None, announced: bool = True) -> int:
         """The ranks are lost. Returns the new generation.
@@ -142,7 +142,7 @@ class Health:
     def record_canary(self, generation: int) -> bool:
         """A token requested in ``generation`` has come. Returns False if the ranks were lost after it was requested."""
         with self._lock:
-            self._progress_at = self._clock()
+            self._proven_at = self._clock()
             if generation != self._generation or self._state not in (State.STARTING, State.RECOVERING, State.READY):
                 return False
             self._ranks_lost, self._lost_host = False, None

@@ -1,4 +1,4 @@
-"""Notes that the fronts of an application exchange through a board in the directory. A front's note expires unless it is renewed."""
+"""Notes that the fronts of an application exchange through a topic in the directory. A front's note expires unless it is renewed."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ Note = TypeVar("Note")
 
 
 class PeerNotes(Generic[Note]):
-    """One front's access to the board ``name`` of ``app``: publishes its own note, reads those of its peers. Notes are pickled."""
+    """One front's access to the topic ``name`` of ``app``: publishes its own note, reads those of its peers. Notes are pickled."""
 
     def __init__(self, app: str, name: str, own_id: str) -> None:
         self._directory, self._name, self._id = DirectoryClient(app), name, own_id

@@ -80,7 +80,7 @@ class Replica:
             heartbeat_s=self._config.heartbeat_s,
             journal=self._journal,
         )
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat_thread = threading.Thread(target=self._run_heartbeat, name="heartbeat", daemon=True)
         self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -90,7 +90,7 @@ class Replica:
             StartFailed: with the error of the rank that failed.
             UnfitHosts: the checks of the hosts failed; the findings have also been published in the directory.
         """
-        self._heart.start()
+        self._heartbeat_thread.start()
         try:
             self._placement_group = ReplicaPlacementGroup.current_or_new(self._launcher, self._resources, timeout_s=PLACEMENT_TIMEOUT_S)
             executor = self._start_executor()
@@ -105,7 +105,7 @@ class Replica:
             self.close(drain=False)
             raise
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise RecoveryGivenUp if the replica must be replaced. One that is restarting its ranks need not be."""
         if self.health.state is State.FAILED:
             raise RecoveryGivenUp(self.health.reason)
@@ -124,8 +124,8 @@ class Replica:
         if self._engine is not None:
             self._engine.stop()
             self._engine_thread.join(self._config.step_timeout_s)
-        if self._heart.ident is not None:
-            self._heart.join(5)
+        if self._heartbeat_thread.ident is not None:
+            self._heartbeat_thread.join(5)
         self._intake.close()
         if self._executor is not None:
             self._executor.close()
@@ -227,20 +227,20 @@ class Replica:
 
     # --- the heartbeat's thread
 
-    def _beat(self) -> None:
+    def _run_heartbeat(self) -> None:
         try:
             while not self._closed.wait(self._config.heartbeat_s if self._engine else 0.25):
                 with contextlib.suppress(Exception):
                     if not hit("replica.heartbeat"):
                         self._reporter.report(self.record())
                 if self._engine is not None:
-                    self._prove_health()
+                    self._check_progress()
         except Exception as error:
             logger.exception("the heartbeat ended")
             self.health.mark_failed(f"the heartbeat ended: {error}")
             self._intake.wake()
 
-    def _prove_health(self) -> None:
+    def _check_progress(self) -> None:
         """While the engine has work, finished steps prove that the ranks work; an idle replica sends a canary from time to time."""
         assert self._engine is not None
         state, stats, idle = self.health.state, self._engine.stats, self._is_idle()
@@ -252,16 +252,16 @@ class Replica:
             if (stalled_s := self._stall_detector.stalled_s(stats.num_steps, stats.step_s)) is not None:
                 self.health.mark_suspect(f"no step was finished for {stalled_s:.0f} s")
                 self._intake.wake()
-            elif self.health.idle_s > self._config.canary_every_s:  # there are steps, but no tokens
+            elif self.health.unproven_s > self._config.canary_every_s:  # there are steps, but no tokens
                 self._canary.send()
         elif state is State.READY:
             if self._canary.pending_s > self._config.canary_timeout_s:
                 self.health.mark_suspect(f"no canary token for {self._canary.pending_s:.0f} s")
                 self._intake.wake()
-            elif self.health.idle_s > self._config.canary_every_s:
+            elif self.health.unproven_s > self._config.canary_every_s:
                 self._canary.send()
 
-    # --- small facts
+    # --- what is reported
 
     def _load(self) -> Load:
         if self._engine is None:

@@ -44,7 +44,7 @@ from serve.http.app import create_app
 from serve.idempotency import IdempotentService
 from serve.logs import configure
 from serve.metrics import Instruments, Snapshot
-from serve.metrics_page import METRICS_BOARD, MetricsPage
+from serve.metrics_page import METRICS_TOPIC, MetricsPage
 from serve.model_facts import ModelFacts
 from serve.model_source import download_if_needed, needs_download, source_name
 from serve.quotas import Quotas
@@ -136,7 +136,7 @@ class _ReplicaDeployment:
         tune_gc()
 
     async def check_health(self) -> None:
-        self._replica.check()
+        self._replica.raise_if_failed()
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # __init__ was interrupted
@@ -154,9 +154,9 @@ class _Front:
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
-        instruments, self._board = Instruments(front), PeerNotes[Snapshot](app, METRICS_BOARD, front)
+        instruments, self._peer_metrics = Instruments(front), PeerNotes[Snapshot](app, METRICS_TOPIC, front)
         self._authenticator = NoAuthentication() if config.auth.keys_file is None else KeyAuthenticator(Path(config.auth.keys_file))
-        self._quotas = Quotas(num_fronts=lambda: self._board.num_peers + 1)
+        self._quotas = Quotas(num_fronts=lambda: self._peer_metrics.num_peers + 1)
         names = [model.name for model in models]
         observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
         if config.tracing.otlp_endpoint is not None:
@@ -164,8 +164,8 @@ class _Front:
 
             observers.append(otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
         self._catalog = Catalog([await self._make_service(app, model, names, observers=observers) for model in models])
-        self._metrics = MetricsPage(instruments, self._routers, self._board)
-        self._board.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
+        self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics)
+        self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._gate = DrainGate(IdempotentService(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
@@ -233,7 +233,7 @@ class _Front:
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             self._warming.cancel()
-            await self._board.close()
+            await self._peer_metrics.close()
             await self._demand.close()
             for router in self._routers:
                 await router.close()

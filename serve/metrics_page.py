@@ -10,8 +10,8 @@ from serve import metric_names as names
 from serve.metric_names import Metric
 from serve.metrics import Instruments, Snapshot, render, replica_snapshot
 
-METRICS_BOARD = "metrics"
-"""The board on which fronts publish their snapshots; see `cluster.peer_notes`."""
+METRICS_TOPIC = "metrics"
+"""The topic on which fronts publish their snapshots; see `cluster.peer_notes`."""
 RESUME_METRICS = {
     "resumes_total": names.RESUMES,
     "resume_refused_total": names.RESUMES_REFUSED,

@@ -13,7 +13,7 @@ from cluster.directory import DirectoryUnavailable, ReplicaRecord, apps_with_dir
 from cluster.peer_liveness import PeerStatus, probe_peer
 from serve import metric_names as names
 from serve.metrics import Snapshot
-from serve.metrics_page import METRICS_BOARD
+from serve.metrics_page import METRICS_TOPIC
 from serve.quantiles import Counts, merge_counts
 
 ANSWER_S = 5.0
@@ -81,7 +81,7 @@ def collect_overview() -> Overview:
     waits: dict[tuple[str, str], LatencyCounts] = {}
     for app in [app.name for app in apps] or (apps_with_directories() if missing else ()):
         try:
-            records, notes = read_directory(app, METRICS_BOARD)
+            records, notes = read_directory(app, METRICS_TOPIC)
         except DirectoryUnavailable as error:
             missing.append(f"the directory of {app}'s replicas: {error}")
             continue

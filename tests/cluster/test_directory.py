@@ -56,7 +56,7 @@ def unavailable() -> Exception:
 async def test_who_asks_is_not_kept_waiting_and_the_handle_is_kept() -> None:
     silent = True
     find = Finder(Directory(lambda _method: asyncio.Event().wait() if silent else (True, (RECORD,))))
-    client = DirectoryClient("app", find=find, answer_s=0.2)
+    client = DirectoryClient("app", find=find, timeout_s=0.2)
     for _ in range(2):
         with pytest.raises(DirectoryUnavailable, match="no answer within"):
             await client.ask("records")
@@ -68,14 +68,14 @@ async def test_who_asks_is_not_kept_waiting_and_the_handle_is_kept() -> None:
 async def test_one_that_is_started_again_elsewhere_is_waited_for_and_one_that_is_gone_is_looked_for() -> None:
     answers = iter([failing(unavailable()), failing(ray.exceptions.ActorDiedError())])
     find = Finder(Directory(lambda method: next(answers)(method)), Directory(lambda _method: {}))
-    client = DirectoryClient("app", find=find, answer_s=60)
+    client = DirectoryClient("app", find=find, timeout_s=60)
     with pytest.raises(DirectoryUnavailable):
-        await client.ask("pinned", "board")
+        await client.ask("pinned", "topic")
     assert find.num_asked == 1
     with pytest.raises(DirectoryUnavailable):
-        await client.ask("pinned", "board")
+        await client.ask("pinned", "topic")
     assert find.num_asked == 1, "Ray finds it by itself while it may come back"
-    assert await client.ask("pinned", "board") == {}
+    assert await client.ask("pinned", "topic") == {}
     assert find.num_asked == 2
 
 
@@ -88,7 +88,7 @@ async def test_one_that_could_not_be_found_is_looked_for_again(error: Exception)
             raise failure
         return Directory(lambda _method: "answer")
 
-    client = DirectoryClient("app", find=find, answer_s=60)
+    client = DirectoryClient("app", find=find, timeout_s=60)
     with pytest.raises(DirectoryUnavailable, match=str(error)):
         await client.ask("records")
     assert await client.ask("records") == "answer"
@@ -102,7 +102,7 @@ async def test_an_event_loop_goes_on_while_the_head_is_away() -> None:
         head_is_back.wait(60)
         return Directory(lambda _method: "answer")
 
-    client = DirectoryClient("app", find=find, answer_s=0.2)
+    client = DirectoryClient("app", find=find, timeout_s=0.2)
     for _ in range(3):
         with pytest.raises(DirectoryUnavailable):
             await client.ask("records")

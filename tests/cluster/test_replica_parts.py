@@ -79,9 +79,9 @@ async def test_a_heartbeat_that_ends_by_itself_makes_the_replica_one_to_be_repla
         raise RuntimeError("no state")
 
     replica._engine = SimpleNamespace(stats=SimpleNamespace(num_running=0, num_waiting=0, kv_used=0.0), stop=lambda: None)  # type: ignore[assignment]
-    replica._prove_health = broken  # type: ignore[method-assign]
+    replica._check_progress = broken  # type: ignore[method-assign]
     replica._engine_thread = SimpleNamespace(join=lambda timeout: None, is_alive=lambda: False)  # type: ignore[assignment]
-    replica._heart.start()
+    replica._heartbeat_thread.start()
     await eventually(lambda: replica.health.state is State.FAILED)
     with pytest.raises(RecoveryGivenUp, match="heartbeat ended: no state"):
-        replica.check()
+        replica.raise_if_failed()

@@ -356,7 +356,7 @@ def test_a_directory_that_begins_anew_does_not_make_readers_forget() -> None:
     assert reader.known == ()
 
 
-def test_a_note_on_a_board_vanishes_unless_it_is_renewed() -> None:
+def test_a_note_on_a_topic_vanishes_unless_it_is_renewed() -> None:
     clock = Clock()
     register = Register(expiry_s=10, clock=clock)
     register.pin("metrics", "front-1", "one")
