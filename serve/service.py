@@ -55,7 +55,7 @@ CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Progress:
+class _Sent:
     """What the client has been sent of one choice."""
 
     num_tokens: int = 0
@@ -114,7 +114,8 @@ class Service:
         return (self._model,)
 
     def model(self, name: str) -> ModelFacts:
-        """
+        """The facts about the model of that name.
+
         Raises:
             ModelNotFound: it is not served here.
         """
@@ -211,7 +212,8 @@ class Service:
                 yield event
 
     def _check_admission(self, request: ChatRequest | CompletionRequest | EmbeddingRequest) -> None:
-        """
+        """Raise if the tenant's requests are refused at the moment.
+
         Raises:
             EngineError: the tenant's requests are refused at the moment.
         """
@@ -226,22 +228,22 @@ class Service:
         prepared.stopwatch.submitted()
         choices = self._choices(prepared)
         received = [received_of(request, index) for index in range(len(choices))]
-        progress = [_Progress(num_tokens=len(one.tokens), finished=one.finished) for one in received]
+        sent = [_Sent(num_tokens=len(one.tokens), finished=one.finished) for one in received]
         running = [choice for choice, one in zip(choices, received, strict=True) if not one.finished]
         if not running:
-            yield TextEvent(choice=0, usage=_usage(prepared, progress))
+            yield TextEvent(choice=0, usage=_usage(prepared, sent))
             return
         prompt_logprobs = shared_prompt_logprobs(running)
         streams = [self._stream(prepared, choice, prompt_logprobs.get(choice.settings.prompt_index)) for choice in running]
         is_first = True
         async with aclosing(merge_streams(streams)) as events:
-            async for event, so_far in events:
+            async for event, sent_of_choice in events:
                 if is_first:
                     is_first = False
                     trace_place(13, request.request_id)
-                progress[event.choice] = so_far
-                usage = _usage(prepared, progress)
-                is_last = all(choice.finished for choice in progress)
+                sent[event.choice] = sent_of_choice
+                usage = _usage(prepared, sent)
+                is_last = all(choice.finished for choice in sent)
                 event = event.with_usage_so_far(usage)
                 yield _with_totals(prepared, event, usage) if is_last else event
 
@@ -272,7 +274,7 @@ class Service:
 
     async def _stream(
         self, prepared: PreparedRequest, choice: Choice, prompt_logprobs: SharedPromptLogprobs | None
-    ) -> AsyncGenerator[tuple[TextEvent, _Progress], None]:
+    ) -> AsyncGenerator[tuple[TextEvent, _Sent], None]:
         """The events of one choice, which is cancelled in the engine as soon as nobody reads on.
 
         Each event comes with the choice's counts at that event, because the choice may be further along when it is yielded.
@@ -288,23 +290,26 @@ class Service:
             CHARS_PER_TOKEN * len(received.tokens), lambda: replay_received(choice, parser, request.id, received)
         )
         if end is not None:
-            yield end, _Progress(num_tokens=choice.num_tokens, finished=True)
+            yield end, _Sent(num_tokens=choice.num_tokens, finished=True)
             return
         times, held_s = EngineTimes(), 0.0
         async with aclosing(self._source.stream(request)) as stream, aclosing(_attach(prompt_logprobs, choice, stream)) as events:
             while (event := await next_event(events, request.deadline_s, self._clock)) is not None:
                 times.take(event)
                 held_s += event.held_s
-                since_s = prepared.stopwatch.now()
-                text = choice.apply(event)
-                text = parser.read(text) if parser and text is not None else text
-                text = text and without_received(text, choice, received)
-                prepared.stopwatch.detokenised(since_s)
-                if text is not None:
+                started_s = prepared.stopwatch.now()
+                text_event = choice.apply(event)
+                if parser and text_event is not None:
+                    text_event = parser.read(text_event)
+                if text_event is not None:
+                    text_event = without_received(text_event, choice, received)
+                prepared.stopwatch.detokenised(started_s)
+                if text_event is not None:
                     if held_s:
-                        text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
-                    text = dataclasses.replace(text, phase_times=times.at_end(event)) if choice.finished else text
-                    yield text, _Progress(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
+                        text_event, held_s = dataclasses.replace(text_event, held_s=held_s), 0.0
+                    if choice.finished:
+                        text_event = dataclasses.replace(text_event, phase_times=times.at_end(event))
+                    yield text_event, _Sent(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
                 if choice.finished:
                     return
         raise EngineStopped("the engine's stream ended before the choice did")
@@ -324,13 +329,13 @@ def _with_totals(prepared: PreparedRequest, event: TextEvent, usage: Usage) -> T
     return dataclasses.replace(event, usage=usage, timing=timing)
 
 
-def _usage(prepared: PreparedRequest, progress: Sequence[_Progress]) -> Usage:
+def _usage(prepared: PreparedRequest, sent: Sequence[_Sent]) -> Usage:
     """Counts each prompt once, however many choices answer it; its cached tokens are those that its first choice found."""
-    num_each = len(progress) // len(prepared.prompts)
-    if len(progress) == 1:  # nearly every request, and this runs for every token
-        return Usage(prompt_tokens=len(prepared.prompts[0]), completion_tokens=progress[0].num_tokens, cached_tokens=progress[0].num_cached)
+    num_each = len(sent) // len(prepared.prompts)
+    if len(sent) == 1:  # nearly every request, and this runs for every token
+        return Usage(prompt_tokens=len(prepared.prompts[0]), completion_tokens=sent[0].num_tokens, cached_tokens=sent[0].num_cached)
     return Usage(
         prompt_tokens=sum(map(len, prepared.prompts)),
-        completion_tokens=sum(choice.num_tokens for choice in progress),
-        cached_tokens=sum(choice.num_cached for choice in progress[::num_each]),
+        completion_tokens=sum(choice.num_tokens for choice in sent),
+        cached_tokens=sum(choice.num_cached for choice in sent[::num_each]),
     )
