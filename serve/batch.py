@@ -36,7 +36,8 @@ class Item:
 
 
 def read_items(path: Path) -> list[Item]:
-    """
+    """The requests of a batch file.
+
     Raises:
         BatchError: a line is not a request, or two have the same ``custom_id``. Raised before anything is sent.
     """

@@ -75,7 +75,8 @@ class BypassStream:
     """The response's number (`cluster.bypass.new_answer_number`)."""
 
     def put(self, chunk: bytes) -> None:
-        """
+        """Send a chunk.
+
         Raises:
             ChunksLost: see `Sender.put`.
         """

@@ -28,7 +28,8 @@ class Catalog:
         return self._first.limits
 
     def service(self, name: str) -> Service:
-        """
+        """The service of the model of that name.
+
         Raises:
             ModelNotFound: it is not served here.
         """

@@ -8,7 +8,8 @@ from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCall, 
 
 
 async def collect_result(stream: AsyncGenerator[TextEvent, None], request_id: str) -> Result:
-    """
+    """The whole answer, from the events of its stream.
+
     Raises:
         EngineStopped: a choice has no end. Also whatever the stream raises.
     """

@@ -142,7 +142,8 @@ def _same_words(path: str) -> list[str]:
 
 
 def from_file(file: Path) -> list[Entry]:
-    """
+    """The settings of a YAML file.
+
     Raises:
         ConfigError: the file cannot be read, is not YAML, or does not consist of sections of settings.
     """

@@ -55,7 +55,8 @@ class DrainGate(ServiceWrapper):
 
     @contextmanager
     def _count_open(self) -> Iterator[None]:
-        """
+        """Count a request as open, unless the server is draining.
+
         Raises:
             Draining: no new requests are accepted.
         """

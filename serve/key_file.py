@@ -92,7 +92,8 @@ def rotate_key(key: Key, *, grace_s: float) -> tuple[str, Key]:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """
+    """The keys of a key file.
+
     Raises:
         KeyFileError: the file does not exist, cannot be read, or has invalid content.
     """

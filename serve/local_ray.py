@@ -266,7 +266,8 @@ def _have_ray_look_again() -> None:
 
 
 def _folder_and_variables(config: ServeConfig, stack: ExitStack) -> tuple[Path, Mapping[str, str]]:
-    """
+    """The folder for Ray's files, and the environment variables of its processes.
+
     Raises:
         StartError: Ray's files cannot lie there; says what to set instead.
     """

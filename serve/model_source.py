@@ -95,7 +95,8 @@ def source_name(source: str) -> str:
 
 
 def check_unique_names(names: Sequence[str]) -> None:
-    """
+    """Raise if two models have the same name.
+
     Raises:
         ModelSourceError: two models would be called the same.
     """

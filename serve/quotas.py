@@ -71,7 +71,8 @@ class Quotas:
         self._accounts: dict[str, _Account] = {}
 
     def begin(self, request: AnyRequest) -> "_Charge":
-        """
+        """Charge a request to its caller's quotas.
+
         Raises:
             QuotaExceeded: names the quota, and when to retry.
         """

@@ -65,7 +65,8 @@ class RequestPreparer:
         self.tool_protocol = choose_protocol(tool_protocol, tokenizer, self._template.source if self._template else None)
 
     async def prepare_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> PreparedRequest:
-        """
+        """Validate a chat request, render and tokenize its messages, and compile its grammar.
+
         Raises:
             ServeError, EngineError: it cannot be answered. The engine has not seen it.
         """

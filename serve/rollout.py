@@ -83,7 +83,8 @@ def deploy(models: Sequence[ServedModel], config: ServeConfig, *, app: str, on_p
 
 
 def _status(app: str) -> ApplicationStatus:
-    """
+    """The status of an application.
+
     Raises:
         StartError: the application was removed meanwhile.
     """

@@ -24,7 +24,8 @@ def received_of(request: ChatRequest | CompletionRequest, choice: int) -> SoFar:
 
 
 def check_so_far(so_far: Sequence[SoFar], *, num_choices: int, vocabulary: int, most_tokens: int) -> None:
-    """
+    """Raise if what the client says it has received cannot be.
+
     Raises:
         InvalidRequest: it names a choice that does not exist, or one twice, or more tokens than an answer can have, or a token that the
             model does not have.

@@ -51,7 +51,8 @@ def engine_request(
 
 
 def check_deadline(deadline_s: float | None, clock: Callable[[], float]) -> None:
-    """
+    """Raise if the deadline has passed.
+
     Raises:
         DeadlineExceeded: the deadline, in Unix time, has passed.
     """

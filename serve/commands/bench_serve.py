@@ -132,7 +132,8 @@ def _api(name: str) -> "Api":
 
 
 def _object(text: str) -> dict[str, object]:
-    """
+    """The value of --extra.
+
     Raises:
         ValueError: not a JSON object.
     """

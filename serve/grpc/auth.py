@@ -6,7 +6,8 @@ from serve.grpc.errors import CallContext
 
 
 def caller_of(context: CallContext, authenticator: Authenticator, scope: Scope | None = None) -> Caller:
-    """
+    """Who makes a call, by its metadata.
+
     Raises:
         NotAuthenticated, NotAllowed: see `Authenticator.authenticate`.
     """

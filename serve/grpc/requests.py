@@ -80,7 +80,8 @@ def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_
 def completion_request(
     message: service_pb2.GenerateRequest, *, request_id: str, deadline_s: float | None, session: str = ""
 ) -> CompletionRequest:
-    """
+    """The request of a Generate call.
+
     Raises:
         InvalidRequest: a prompt is neither text nor token ids.
     """
@@ -99,7 +100,8 @@ def completion_request(
 def embedding_request(
     message: service_pb2.EmbedRequest, *, request_id: str, deadline_s: float | None, session: str = ""
 ) -> EmbeddingRequest:
-    """
+    """The request of an Embed call.
+
     Raises:
         InvalidRequest: an input is neither text nor token ids.
     """
@@ -115,7 +117,8 @@ def embedding_request(
 
 
 def tokenize_request(message: service_pb2.TokenizeRequest) -> TokenizeRequest:
-    """
+    """The request of a Tokenize call.
+
     Raises:
         InvalidRequest: there is neither text nor conversation.
     """

@@ -28,7 +28,8 @@ class TlsFiles:
         return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in self._paths))
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """
+        """The certificates as the files hold them now.
+
         Raises:
             OSError: a file cannot be read.
             ValueError: it is not the PEM file that it should be.

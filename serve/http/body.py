@@ -10,7 +10,8 @@ from serve.limits import Limits
 
 
 async def read_json_object(request: Request, limits: Limits) -> dict[str, Any]:
-    """
+    """Read the body of a request, which must be a JSON object.
+
     Raises:
         UnsupportedMediaType: the Content-Type is not JSON in UTF-8, or the body is compressed.
         RequestTooLarge: it has more bytes than the limit, whatever Content-Length says.
@@ -43,7 +44,8 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def parse_json_object(raw: bytes, max_depth: int) -> dict[str, Any]:
-    """
+    """Parse a JSON object strictly.
+
     Raises:
         InvalidRequest: it is not a JSON object, or nested deeper than ``max_depth`` levels.
     """

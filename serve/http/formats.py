@@ -114,7 +114,8 @@ class ToolChoice:
 
     @classmethod
     def parse(cls, choice: Any) -> "ToolChoice":
-        """
+        """The choice in a request's `tool_choice`.
+
         Raises:
             InvalidRequest: it is malformed.
         """

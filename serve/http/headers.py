@@ -17,7 +17,8 @@ INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 
 def priority(headers: Mapping[str, str]) -> int | None:
-    """
+    """The priority that a header asks for; None if there is no such header.
+
     Raises:
         InvalidRequest: the header is not such a number.
     """
@@ -25,7 +26,8 @@ def priority(headers: Mapping[str, str]) -> int | None:
 
 
 def deadline_ms(headers: Mapping[str, str]) -> int | None:
-    """
+    """How long the client waits, by a header; None if there is no such header.
+
     Raises:
         InvalidRequest: the header is not such a number.
     """
@@ -33,7 +35,8 @@ def deadline_ms(headers: Mapping[str, str]) -> int | None:
 
 
 def wants_timing(headers: Mapping[str, str]) -> bool:
-    """
+    """Whether a header asks for the timing of the request.
+
     Raises:
         InvalidRequest: the header is neither 0 nor 1.
     """

@@ -297,7 +297,8 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
-    """
+    """The body of type ``kind``, refused if a field asks for something unsupported.
+
     Raises:
         InvalidRequest: names the first field that has a wrong type or far too many entries.
         NotSupported: a field asks for something that is not supported.
@@ -312,7 +313,8 @@ def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
 
 
 def validate(kind: type[AnyBody], fields: Mapping[str, Any], limits: Limits) -> AnyBody:
-    """
+    """The body of type ``kind``, with the types of its fields checked.
+
     Raises:
         InvalidRequest: names the first field that has a wrong type or far too many entries.
     """

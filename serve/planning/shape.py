@@ -82,7 +82,8 @@ def shape_of_checkpoint(folder: Path, *, name: str) -> ModelShape:
 
 
 def shape_of_config(raw: Mapping[str, Any], *, name: str) -> ModelShape:
-    """
+    """The shape of a model, from its config.json.
+
     Raises:
         PlanError: a field is missing or invalid, or the architecture is not supported.
     """

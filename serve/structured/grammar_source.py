@@ -24,7 +24,8 @@ class GrammarSource:
 
 
 def grammar_source_of(wanted: ResponseFormat, limits: Limits) -> GrammarSource:
-    """
+    """The grammar of a response format, for the compiler.
+
     Raises:
         InvalidRequest: it is invalid, as far as can be seen without compiling.
     """

@@ -37,7 +37,8 @@ def read_schema(text: str, limits: Limits, *, param: str) -> dict[str, Any]:
 
 
 def check_schema(schema: Mapping[str, Any], limits: Limits, *, param: str) -> None:
-    """
+    """Raise if a JSON schema is not allowed.
+
     Raises:
         InvalidRequest: see `read_schema`.
     """
@@ -53,7 +54,8 @@ def check_schema(schema: Mapping[str, Any], limits: Limits, *, param: str) -> No
 
 
 def check_regex(pattern: str, *, param: str) -> None:
-    """
+    """Raise if a regular expression is not allowed.
+
     Raises:
         InvalidRequest: it has a nested repetition.
     """

@@ -126,7 +126,8 @@ class SandboxedTemplate:
             raise ValueError(f"the chat template is not a Jinja template: {error}") from error
 
     def render(self, values: Mapping[str, Any], *, seconds: float, chars: int) -> str:
-        """
+        """Render the template within bounds of time and length.
+
         Raises:
             TemplateRefused: the template raises an exception of its own, fails on these values, or exceeds a limit.
         """

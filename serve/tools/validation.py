@@ -13,7 +13,8 @@ CHOICES = ("auto", "none", "required", "function")
 
 
 def check_tools(request: ChatRequest, limits: Limits) -> None:
-    """
+    """Raise if the tools of a request, or its choice of a tool, are invalid.
+
     Raises:
         InvalidRequest: a tool is invalid, or tool_choice does not fit the tools.
     """

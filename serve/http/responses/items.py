@@ -75,7 +75,8 @@ class Conversation:
 
 
 def conversation_of(instructions: str | None, given: Any) -> Conversation:
-    """
+    """The conversation that the instructions and the input items of a request make up.
+
     Raises:
         InvalidRequest: an item is malformed.
         NotSupported: an item is of a kind that is not supported.

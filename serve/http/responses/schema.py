@@ -162,7 +162,8 @@ class ResponsesBody(GenerationBody):
         yield from {f"tools.{tool['type']}" for tool in fields.get("tools") or () if _is_hosted_tool(tool)}
 
     def conversation(self) -> Conversation:
-        """
+        """The conversation so far.
+
         Raises:
             InvalidRequest, NotSupported: see `conversation_of`.
         """
