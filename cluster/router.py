@@ -88,9 +88,9 @@ class Router:
         self._unreachable: dict[str, str] = {}
         """By replica: the reason that was logged last."""
         self._refreshing: asyncio.Task[None] | None = None
-        self._choosing: Counter[str] = Counter()
+        self._num_choices_waiting: Counter[str] = Counter()
         """By request id: how many of its choices wait for a replica."""
-        self._aborted: set[str] = set()
+        self._aborted_while_waiting: set[str] = set()
         """Ids of those requests that were aborted while they waited."""
         self.resumes = ResumePolicy(self._config, clock)
         self._queue_full: dict[str, dict[str, tuple[float, TokenEvent]]] = {}
@@ -123,14 +123,17 @@ class Router:
 
     def abort(self, request_id: str) -> int:
         """Abort a request of this front: each of its choices ends with `RequestAborted`. Returns how many there were."""
-        waiting = self._choosing[request_id]
+        waiting = self._num_choices_waiting[request_id]
         if waiting:
-            self._aborted.add(request_id)
+            self._aborted_while_waiting.add(request_id)
         return waiting + sum(link.abort(request_id) for link in self._links.values())
 
     def recent_refusal(self, tenant: str) -> TokenEvent | None:
-        """The QueueFull answer to give this tenant without asking a replica: there is one if every ready replica gave one within
-        `QUEUE_FULL_S`. Call it before the request is parsed, which is most of the cost of a refusal."""
+        """The QueueFull answer to give this tenant without asking a replica, or None.
+
+        There is one if every ready replica gave one within `QUEUE_FULL_S`. Call it before the request is parsed, which is most of the
+        cost of a refusal.
+        """
         refusals = self._queue_full.get(tenant)
         if refusals is None:
             return None
@@ -191,14 +194,14 @@ class Router:
                         yield event if event.num_cached == num_cached else dataclasses.replace(event, num_cached=num_cached)
                         if event.finish_reason is not None:
                             return
-                raise LinkLost(link.id, "ended the stream without an end", reason="cut")
+                raise LinkLost(link.id, "closed the stream before its last event", reason="cut")
             except LinkLost as loss:
                 hit("router.resume")
                 self.resumes.allow(history, loss, len(committed))
 
     async def _choose(self, request: Request, history: LossHistory) -> Link:
         """Choose a ready replica, waiting for one if need be. Replicas that have lost this request come last."""
-        self._choosing[request.id] += 1
+        self._num_choices_waiting[request.id] += 1
         try:
             return await self._wait_for_ready(request, history.lost_by)
         except NoReplicaReady as error:
@@ -206,10 +209,10 @@ class Router:
                 raise
             raise HostLost(host=history.lost_host, waited_s=error.waited_s) from error
         finally:
-            self._choosing[request.id] -= 1
-            if not self._choosing[request.id]:
-                del self._choosing[request.id]
-                self._aborted.discard(request.id)
+            self._num_choices_waiting[request.id] -= 1
+            if not self._num_choices_waiting[request.id]:
+                del self._num_choices_waiting[request.id]
+                self._aborted_while_waiting.discard(request.id)
 
     async def _wait_for_ready(self, request: Request, lost_by: Sequence[str]) -> Link:
         if (link := self._ready_link(request, lost_by)) is not None:
@@ -226,7 +229,7 @@ class Router:
         return link
 
     def _ready_link(self, request: Request, lost_by: Sequence[str]) -> Link | None:
-        if request.id in self._aborted:
+        if request.id in self._aborted_while_waiting:
             raise RequestAborted
         candidates = [link for link in self._links.values() if link.ready]
         others = [link for link in candidates if link.id not in lost_by]

@@ -253,8 +253,10 @@ class Worker:
 
     @contextmanager
     def _reporting_failure(self, teardown_s: float) -> Iterator[None]:
-        """Report an exception before the rank is torn down: after the loss of a device, releasing its graphs and process groups may hang
-        or raise errors of its own. ``teardown_s`` limits the teardown."""
+        """Report an exception before the rank is torn down, for which ``teardown_s`` is the limit.
+
+        After the loss of a device, releasing its graphs and process groups may hang or raise errors of its own.
+        """
         try:
             yield
         except BaseException as error:

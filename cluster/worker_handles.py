@@ -77,8 +77,10 @@ def start_workers(
     folder: PrivateFolder,
     context: "zmq.Context[zmq.Socket[bytes]]",
 ) -> None:
-    """Have Ray start a worker for every rank, without waiting for them. Each is added to ``workers`` at once, so that the caller can end
-    those that were started if a later one fails."""
+    """Have Ray start a worker for every rank, without waiting for them.
+
+    Each is added to ``workers`` at once, so that the caller can end those that were started if a later one fails.
+    """
     actor_class = ray.remote(Worker)
     token = os.urandom(4).hex()
     for rank in range(launcher.topology.size):

@@ -84,18 +84,18 @@ def _manta(version: Version = False) -> None:
     pass
 
 
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE)
-"""A full disk, a file system that is read-only, missing permissions, no file descriptors: told without a stack trace."""
+ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE)
+"""A full disk, a file system that is read-only, missing permissions, no file descriptors: reported without a stack trace."""
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is under way is cleaned up, as at Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no letter for it shows "?"
+            stream.reconfigure(errors="replace")  # characters that the terminal cannot encode become "?"
     try:
         app()
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if error.errno not in ENVIRONMENT_ERRNOS:
             raise
         sys.exit(f"manta: {error}")

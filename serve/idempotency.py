@@ -24,8 +24,8 @@ from serve.service_api import ServiceApi, ServiceWrapper
 
 IDEMPOTENCY_KEY = "idempotency-key"
 """Header of HTTP, metadata of gRPC."""
-MAX_SHARE = 32
-"""One answer may take this fraction, 1/32, of all that is remembered."""
+MIN_ANSWERS_KEPT = 32
+"""There is room for at least so many answers: none may have more than 1/32 of `Limits.remembered_tokens`."""
 VECTOR_BYTES_PER_TOKEN = 512
 """So many bytes of a vector count as one token: a text token with its text and bytes takes about as much memory."""
 
@@ -119,7 +119,9 @@ class IdempotentService(ServiceWrapper):
                 return known
             self._forget(key)
             await known.end(TakenOver())
-        run = _Run(self._computed(request), fingerprint=fingerprint, so_far=so_far, most_tokens=self.limits.remembered_tokens // MAX_SHARE)
+        run = _Run(
+            self._computed(request), fingerprint=fingerprint, so_far=so_far, most_tokens=self.limits.remembered_tokens // MIN_ANSWERS_KEPT
+        )
         self._forget(key)
         self._runs[key] = run
         return run

@@ -9,7 +9,7 @@ import pytest
 
 from serve.caller import ANONYMOUS
 from serve.errors import InvalidRequest, TakenOver
-from serve.idempotency import MAX_SHARE, VECTOR_BYTES_PER_TOKEN, IdempotentService, parse_idempotency_key
+from serve.idempotency import MIN_ANSWERS_KEPT, VECTOR_BYTES_PER_TOKEN, IdempotentService, parse_idempotency_key
 from serve.limits import Limits
 from serve.request import ChatRequest, EmbeddingRequest, EmbeddingResult, Message, SoFar, TextEvent, TextToken, Usage
 
@@ -187,22 +187,22 @@ async def test_answers_are_kept_for_their_time_and_no_longer() -> None:
 
 
 async def test_only_so_many_tokens_are_kept_the_oldest_make_room() -> None:
-    inner = Counted(Limits(remembered_tokens=4 * MAX_SHARE))
+    inner = Counted(Limits(remembered_tokens=4 * MIN_ANSWERS_KEPT))
     offers = IdempotentService(inner)
-    for number in range(MAX_SHARE + 1):
+    for number in range(MIN_ANSWERS_KEPT + 1):
         await offers.collect(asked(key=f"k{number}"))
-    assert offers.num_kept == MAX_SHARE
-    await offers.collect(asked(key=f"k{MAX_SHARE}"))
-    assert len(inner.asked) == MAX_SHARE + 1
+    assert offers.num_kept == MIN_ANSWERS_KEPT
+    await offers.collect(asked(key=f"k{MIN_ANSWERS_KEPT}"))
+    assert len(inner.asked) == MIN_ANSWERS_KEPT + 1
     await offers.collect(asked(key="k0"))
-    assert len(inner.asked) == MAX_SHARE + 2
-    for number in range(MAX_SHARE, 3 * MAX_SHARE):
+    assert len(inner.asked) == MIN_ANSWERS_KEPT + 2
+    for number in range(MIN_ANSWERS_KEPT, 3 * MIN_ANSWERS_KEPT):
         await offers.collect(asked(key=f"k{number}"))
-    assert offers.num_kept == MAX_SHARE
+    assert offers.num_kept == MIN_ANSWERS_KEPT
 
 
 async def test_an_answer_too_long_to_keep_is_read_to_its_end_and_then_forgotten() -> None:
-    inner = Counted(Limits(remembered_tokens=3 * MAX_SHARE))
+    inner = Counted(Limits(remembered_tokens=3 * MIN_ANSWERS_KEPT))
     offers = IdempotentService(inner)
     assert await text_of(offers.chat(asked())) == ALL
     assert await text_of(offers.chat(asked())) == ALL
@@ -249,7 +249,7 @@ async def test_vectors_that_nobody_waits_for_are_not_computed_on_and_not_kept() 
 async def test_vectors_count_by_their_bytes() -> None:
     size = 2 * 4
     for most, kept in ((size, 1), (size - 1, 0)):
-        inner = Counted(Limits(remembered_tokens=most * MAX_SHARE))
+        inner = Counted(Limits(remembered_tokens=most * MIN_ANSWERS_KEPT))
         offers = IdempotentService(inner)
         assert (await offers.embed(embedding())).vectors == VECTORS
         assert offers.num_kept == kept
