@@ -83,10 +83,10 @@ async def test_an_obstacle_is_told_once_and_again_when_it_is_back(caplog: pytest
     bypass, receiver = FrontEndpoint(NODE), Receiver()
     for _ in range(2):
         assert bypass.stream_for([f"{NODE} 0 ipc:///nowhere"]) is None
-    assert caplog.text.count("is not to be seen") == 1
+    assert caplog.text.count("is not visible from this container") == 1
     await connected(bypass, f"{NODE} 0 {receiver.address}")
     assert bypass.stream_for([f"{NODE} 0 ipc:///nowhere"]) is None
-    assert caplog.text.count("is not to be seen") == 2
+    assert caplog.text.count("is not visible from this container") == 2
     await receiver.close()
 
 
