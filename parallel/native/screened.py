@@ -58,7 +58,7 @@ class Screen:
         ends = np.cumsum([len(ids) for ids in top_logits.lowered], dtype=np.int64)
         assert len(highest) == len(ends) == num_rows
         rough_rows = 2 * num_rows if num_rows <= _FEW_ROWS else num_rows
-        y_XN = torch.empty(rough_rows, self.exact.num_outputs)
+        y_TN = torch.empty(num_rows, self.exact.num_outputs)
         num_panels = self.norms.shape[1]
         found: int = library.screened(
             x_TK.data_ptr(),
@@ -66,11 +66,11 @@ class Screen:
             self.rough.scales.data_ptr(),
             self.exact.numbers.data_ptr(),
             self.norms.data_ptr(),
-            *(highest.ctypes.data, lowered.ctypes.data, ends.ctypes.data, y_XN.data_ptr()),
+            *(highest.ctypes.data, lowered.ctypes.data, ends.ctypes.data, y_TN.data_ptr()),
             *(num_rows, rough_rows, num_inputs, self.exact.padded, self.rough.padded, self.exact.num_outputs, max(top_logits.limit, 0)),
             *(*_worth_it(num_panels, num_rows), num_threads()),
         )
-        return None if found < 0 else y_XN[:num_rows]
+        return None if found < 0 else y_TN
 
 
 def _worth_it(num_panels: int, num_rows: int) -> tuple[int, int]:

@@ -171,7 +171,7 @@ void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales
     });
 }
 
-// Computes the first T rows of y (`rough_rows`, N). Row t holds the `num_top[t]` highest of its first `limit` outputs, and all that tie with the last
+// Computes y (T, N). Row t holds the `num_top[t]` highest of its first `limit` outputs, and all that tie with the last
 // of them, with the bits of linear_bf16_dot, even after outputs lowered[ends[t - 1]..ends[t]] have been lowered. All other outputs are lower than
 // these, and approximate. With rough_rows = 2 * T the residual of each row is quantised as well, which halves the number of candidates: for few
 // rows, whose product is bound by memory. Returns the number of (row, panel) pairs that were multiplied again, or -1 (y is then undefined) if these
