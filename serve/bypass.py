@@ -136,5 +136,5 @@ class FrontEndpoint:
 
     def _warn(self, obstacle: str) -> None:
         if obstacle != self._obstacle:
-            logger.warning("streams go to this host's proxy through Ray: %s", obstacle)
+            logger.warning("streams go to this host's proxy by Ray: %s", obstacle)
         self._obstacle = obstacle
