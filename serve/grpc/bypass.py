@@ -45,10 +45,15 @@ class BypassSignal:
 
 
 class ContextWithHeader:
-    """A call's context whose metadata has the proxy's `HEADER`, in place of whatever the client sent under that name."""
+    """A call's context whose metadata has the proxy's `HEADER`, in place of whatever the client sent under that name.
+
+    It can still be asked for the peer when the call is over: Ray Serve logs the peer of every stream when its generator ends, which for
+    a cancelled stream is after the call. grpcio 1.84 and newer have released the call by then, and asking theirs ends the process.
+    """
 
     def __init__(self, context: Any, header: str | None) -> None:
         self._context = context
+        self._peer = context.peer()
         self._metadata = [(key, value) for key, value in context.invocation_metadata() or () if key != HEADER]
         if header is not None:
             self._metadata.append((HEADER, header))
@@ -58,6 +63,9 @@ class ContextWithHeader:
 
     def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
         return self._metadata
+
+    def peer(self) -> str:
+        return self._peer
 
 
 def receive_past_ray(handler: grpc.RpcMethodHandler, endpoint: ProxyEndpoint) -> grpc.RpcMethodHandler:

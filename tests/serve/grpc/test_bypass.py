@@ -40,6 +40,11 @@ class Call:
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self._metadata, self._code, self._details, self.trailers = metadata, None, "", []  # type: ignore[var-annotated]
+        self.is_over = False
+
+    def peer(self) -> str:
+        assert not self.is_over, "grpcio would end the process"
+        return "ipv4:192.0.2.7:4711"
 
     def invocation_metadata(self) -> Any:
         return self._metadata
@@ -377,6 +382,30 @@ async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_th
     ray = Between(twice)
     assert (await asked(past(ray, endpoint)))[0] == await through_ray(service)
     assert not ray.num_messages
+
+
+async def test_the_peer_of_a_cancelled_stream_can_be_logged_when_the_call_is_over(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
+    """gRPC leaves the generator of a call that is cancelled while a message is sent, so it ends after the call, and Ray Serve logs then."""
+    await acquaint(bypass, endpoint)
+    service = ScriptedService()
+    service.holds_at = 2
+    ray, logged = Between(front(service, bypass)), list[str]()
+
+    async def logging(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
+        async for message in ray(request, context):
+            yield message
+        logged.append(context.peer())
+
+    call = Call()
+    handler = abort_slow_clients(receive_past_ray(grpc.unary_stream_rpc_method_handler(logging), endpoint), 30.0)
+    messages = handler.unary_stream(service_pb2.ChatStreamRequest(request={"model": "tiny"}), call)
+    await anext(messages)
+    call.is_over = True
+    del messages
+    async with asyncio.timeout(60):
+        while not logged:  # noqa: ASYNC110 (the event loop closes the generator in a task of its own)
+            await asyncio.sleep(0.001)
+    assert logged == ["ipv4:192.0.2.7:4711"]
 
 
 def test_calls_that_are_no_streams_are_left_alone(endpoint: ProxyEndpoint) -> None:

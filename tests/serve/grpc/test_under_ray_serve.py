@@ -156,6 +156,21 @@ async def test_a_cancel_arrives_at_the_service(client: AsyncClient) -> None:
     await one_more_closed(client, before)
 
 
+async def test_many_cancels_leave_the_proxy_alive(client: AsyncClient) -> None:
+    """Whether a call is cancelled while its stream waits for a message or while one is sent is a matter of luck."""
+
+    async def cancelled() -> None:
+        async with client.chat.stream(model="holds", messages=MESSAGES) as stream:
+            await anext(stream)
+
+    before = await num_closed(client)
+    for _ in range(10):
+        await asyncio.gather(*(cancelled() for _ in range(8)))
+    async with asyncio.timeout(30):
+        while await num_closed(client) < before + 80:  # noqa: ASYNC110 (it is another process that knows)
+            await asyncio.sleep(0.05)
+
+
 @pytest.mark.parametrize("method", ["create", "stream"])
 async def test_a_deadline_arrives_at_the_service(client: AsyncClient, method: str) -> None:
     before = await num_closed(client)
