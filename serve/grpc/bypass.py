@@ -53,7 +53,7 @@ class ContextWithHeader:
 
     def __init__(self, context: Any, header: str | None) -> None:
         self._context = context
-        self._peer = context.peer()
+        self._peer: str = context.peer()
         self._metadata = [(key, value) for key, value in context.invocation_metadata() or () if key != HEADER]
         if header is not None:
             self._metadata.append((HEADER, header))
