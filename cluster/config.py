@@ -70,7 +70,7 @@ class ReplicaConfig:
     front_silence_s: float = 10.0
     """A front that is silent for this long is considered gone, and its requests are cancelled."""
     drain_timeout_s: float = 30.0
-    """How long a stopping replica waits for its running requests."""
+    """How long a stopping replica waits for its running requests, and a stopped server for all of them."""
     other_hosts: bool = True
     """Also listen for fronts on other hosts (TCP on the node's own address, encrypted and authenticated by CURVE). A server with a private
     Ray never does."""

@@ -56,6 +56,8 @@ from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
 APP = "manta"
+FRONTS = "FrontDeployment"
+"""Name of the fronts' deployment."""
 MAX_CALLS_PER_FRONT = 10_000
 """Far above what admission allows, so that the service rejects requests itself, with proper errors, instead of Ray Serve."""
 METRICS_EVERY_S = 2.0
@@ -238,6 +240,16 @@ class _Front:
             for router in self._routers:
                 await router.close()
 
+    # `serve.stop_requests` calls these before the application is removed.
+
+    async def drain(self) -> int:
+        """Refuse new requests. Returns how many are open."""
+        self._gate.drain()
+        return self._gate.num_open
+
+    async def end_requests(self, grace_s: float) -> None:
+        await self._gate.end_requests(grace_s)
+
     # Ray Serve calls these by their gRPC method names, and passes the context if there is a parameter called grpc_context.
 
     async def Chat(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
@@ -313,7 +325,7 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
     deployed = ApplicationInfo(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(
         _Front,
-        name="FrontDeployment",
+        name=FRONTS,
         num_replicas=config.fronts.count,
         ray_actor_options={"num_cpus": 0, "resources": on_hosts_with(config.fronts.host_resource)},
         max_ongoing_requests=MAX_CALLS_PER_FRONT,

@@ -127,6 +127,13 @@ class Draining(ServeError):
         super().__init__("this server is being drained and takes no new requests; try again, elsewhere if you can")
 
 
+class ServerStopped(ServeError):
+    """The server is being stopped, and the request was still running when its grace was over."""
+
+    def __init__(self) -> None:
+        super().__init__("this server was stopped before the answer was complete; try again")
+
+
 class FrontLost(ServeError):
     """The front that handled a request died before its response was complete. Raised in the proxy."""
 
@@ -202,6 +209,7 @@ ERROR_MAPPINGS: dict[type[BaseException], ErrorMapping] = {
     NotReady: _unavailable(code="not_ready"),
     FrontLost: _unavailable(),
     Draining: _unavailable(code="draining"),
+    ServerStopped: _unavailable(code="draining"),
     TakenOver: ErrorMapping(http=409, grpc="ABORTED", code="taken_over", type="invalid_request_error"),
     RequestAborted: ErrorMapping(http=410, grpc="ABORTED", code="request_aborted", type="invalid_request_error"),
     NotAuthenticated: _client_error("invalid_api_key", http=401, grpc="UNAUTHENTICATED"),

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 from serve.ray_address import address_of
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
+from serve.stop_requests import stop_requests
 from serve.stop_signals import StopSignals
 
 UNSENT = [".git", ".venv", "tests", "docs", "k8s", "benchmarks", "**/node_modules", "**/__pycache__"]
@@ -77,19 +79,23 @@ def run_on_existing_ray(
         on_progress("starting Ray Serve", 0.05)
         with as_start_error("starting Ray Serve"):
             start_proxies(config, ProxyLocation.EveryNode)
+        grace_s = None
         try:
             deploy(models, config, app=app, on_progress=on_progress)
+            grace_s = max(model.config.replica.drain_timeout_s for model in models)
             stop.starting = False
             on_progress("ready", 1.0)
             yield ExistingRayServer(app=app, config=_with_real_ports(config), stop=stop)
         finally:
             stop.starting = False
             if not keep:
-                remove(app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
+                remove(app, grace_s=grace_s, hurry=stop.repeated)
 
 
-def remove(app: str, *, wait_s: float) -> bool:
+def remove(app: str, *, grace_s: float | None, hurry: threading.Event | None = None) -> bool:
     """Remove an application, and shut Ray Serve down if it was the last one. Returns False if there is none of this name.
+
+    Its requests may run for ``grace_s``, or until ``hurry`` is set (None: its fronts are not asked, as none may run).
 
     Ray Serve gets the order first and is waited for afterwards, so that it does not restart what dies meanwhile.
     """
@@ -97,8 +103,10 @@ def remove(app: str, *, wait_s: float) -> bool:
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     if client is None or app not in ray_serve.status().applications:
         return False
+    if grace_s is not None:
+        stop_requests(app, grace_s=grace_s, hurry=hurry or threading.Event())
     client.delete_apps([app], blocking=False)
-    deadline = time.monotonic() + wait_s
+    deadline = time.monotonic() + (grace_s or 0.0) + DELETE_MARGIN_S
     while app in (left := ray_serve.status().applications) and time.monotonic() < deadline:
         time.sleep(0.2)
     end_directory(app)

@@ -34,6 +34,7 @@ from serve.grpc.tls import TlsFiles
 from serve.local_servers import registered
 from serve.ports import PortInUse, check_ports
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
+from serve.stop_requests import stop_requests
 from serve.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"  # Ray 2.60 uses the host's address instead; docs/keys.md describes the consequences
@@ -41,7 +42,7 @@ STOP_S = 6.0
 """Time for Ray Serve to stop the deployments when the server stops; processes that remain are then killed."""
 STOP_MARGIN_S = 1.0
 DRAIN_S = 2.0
-"""Short, because a server that stops as a whole has no other replica to move its streams to."""
+"""Time for replicas to finish what runs once the fronts have ended their requests. Short: nobody reads it."""
 NICENESS = "RAY_worker_niceness"
 FOR_NOBODY = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
 """Turn off reports that only Ray's dashboard uses. Manta has `manta top` and /metrics instead."""
@@ -90,14 +91,17 @@ class LocalServer:
 def run_local(
     models: Sequence[ServedModel], config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None
 ) -> Iterator[LocalServer]:
-    """Start Ray, the replicas and the fronts; on exit, stop all of them within ten seconds.
+    """Start Ray, the replicas and the fronts. On exit, running requests get `replica.drain_timeout_s` to finish, and an error after it;
+    then everything is stopped within ten seconds.
 
-    For the main thread only. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
+    For the main thread only. SIGINT and SIGTERM interrupt the start; afterwards the first one sets `LocalServer.stopped`, and a second one
+    ends the time for running requests.
 
     Raises:
         StartError: something could not start; the message says what and why.
         KeyboardInterrupt: stopped during the start.
     """
+    grace_s = max(model.config.replica.drain_timeout_s for model in models)
     models = [dataclasses.replace(model, config=_on_one_host(model.config)) for model in models]
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = StopSignals()
@@ -128,6 +132,7 @@ def run_local(
             stop.starting = False
             on_progress("ready", 1.0)
             yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
+            stop_requests(APP, grace_s=grace_s, hurry=stop.repeated)  # not after an error: Ray itself may be gone
         except KeyboardInterrupt:
             on_progress("ending what was started", 1.0)
             raise

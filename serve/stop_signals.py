@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for a server in the foreground: they raise KeyboardInterrupt during the start, and set a flag afterwards."""
+"""SIGINT and SIGTERM for a server in the foreground: they raise KeyboardInterrupt during the start, and set flags afterwards."""
 
 import signal
 import threading
@@ -13,6 +13,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.starting = True
         self.stopped = threading.Event()
+        """Set by the first signal."""
+        self.repeated = threading.Event()
+        """Set by the second one: whoever sends it does not want to wait for running requests."""
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -30,6 +33,8 @@ class StopSignals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped.is_set():
+            self.repeated.set()
         self.stopped.set()
         if self.starting:
             self.starting = False

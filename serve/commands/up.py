@@ -45,14 +45,17 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
 
 @with_flags(RAY_ADDRESS, APP)
 def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
-    """Remove what `manta up` deployed. Running requests get `replica.drain_timeout_s` to finish."""
+    """Remove what `manta up` deployed. Running requests get `replica.drain_timeout_s` to finish; Ctrl-C ends them at once."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
     from cluster.ray_cluster import CannotJoin, join_ray_cluster
-    from serve.existing_ray import DELETE_MARGIN_S, remove
+    from serve.existing_ray import remove
+    from serve.stop_signals import StopSignals
 
+    signals = StopSignals()
+    signals.starting = False
     try:
-        with join_ray_cluster(str(config.ray.address), namespace=config.ray.namespace):
-            removed = remove(config.ray.app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
+        with join_ray_cluster(str(config.ray.address), namespace=config.ray.namespace), signals.handled():
+            removed = remove(config.ray.app, grace_s=config.replica.drain_timeout_s, hurry=signals.stopped)
     except CannotJoin as error:
         exit_with_error(str(error))
     if not removed:

@@ -1,11 +1,16 @@
-"""`manta serve` killed without a chance to clean up."""
+"""The end of `manta serve`: by signals, with running requests, or killed without a chance to clean up."""
 
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+from manta_client import Client, Unavailable
 
-from tests.system.server import serving
+from tests.system.server import eventually, serving
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
@@ -18,3 +23,45 @@ def test_what_a_killed_server_had_started_ends_as_well(demo_folder: Path) -> Non
         server.process.wait(5)
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
+
+
+def test_running_streams_may_finish_when_it_is_stopped_and_else_end_with_an_error(demo_folder: Path) -> None:
+    """The first Ctrl-C begins a grace, which the second one ends."""
+    url = ""
+
+    def stream(max_tokens: int) -> list[str]:
+        body = {"model": "demo", "prompt": "Once", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+            return [line.removeprefix("data: ") for line in answer.iter_lines() if line]  # raises where the connection breaks
+
+    def call() -> str:
+        with Client(server.grpc, max_retries=0) as client, pytest.raises(Unavailable) as caught:
+            client.completions.stream(prompt="Once", max_tokens=7000, ignore_eos=True).final()
+        return caught.value.reason or ""
+
+    with ThreadPoolExecutor(4) as clients, serving(str(demo_folder), "--name", "demo") as server:
+        url = server.url
+        assert stream(5)[-1] == "[DONE]"
+        longer = [clients.submit(stream, 7000), clients.submit(call)]
+        short = clients.submit(stream, 200)
+        eventually(lambda: _num_in_progress(url) == 3, 30)
+        family = server.descendants
+        server.process.send_signal(signal.SIGINT)
+        assert short.result(60)[-1] == "[DONE]"
+        assert not any(each.done() for each in longer)
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        server.process.send_signal(signal.SIGINT)
+        assert json.loads(longer[0].result(30)[-1])["error"]["code"] == "draining"
+        assert longer[1].result(30) == "draining"
+        assert server.process.wait(30) == 0
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+        assert any("3 requests are still running and may finish within 30 s" in line for line in server.lines)
+        assert "Traceback" not in "\n".join(server.lines)
+
+
+def _num_in_progress(url: str) -> int:
+    values = [
+        line.rpartition(" ")[2] for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("manta_requests_in_progress")
+    ]
+    return int(sum(map(float, values)))
