@@ -29,6 +29,19 @@ def test_pauses_double_and_chance_shortens_them_by_up_to_half() -> None:
     assert [shortest.pause_s(unavailable) for _ in range(4)] == [0.5, 1.0, 1.5, 1.5]
 
 
+def test_whoever_wants_to_know_is_told_of_every_further_attempt_and_not_of_the_end() -> None:
+    told: list[int] = []
+    policy = RetryPolicy(max_retries=2, max_resumes=2, on_retry=lambda failure, num_failed: told.append(num_failed))
+    unavailable, tries = failure(grpc.StatusCode.UNAVAILABLE), attempts(policy)
+    for _ in range(2):
+        tries.pause_s(unavailable)
+    with pytest.raises(CallFailed):
+        tries.pause_s(unavailable)
+    tries.progressed()
+    tries.pause_s(unavailable)
+    assert told == [1, 2, 1]
+
+
 def test_the_servers_time_is_never_undercut() -> None:
     busy = failure(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=2.0)
     assert attempts(chance=0.0).pause_s(busy) == 2.0

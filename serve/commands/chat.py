@@ -1,6 +1,5 @@
 """`manta chat`: chat with a running server in the terminal, over gRPC and through the client library."""
 
-import contextlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import typer
 from serve.commands.settings import exit_with_error
 
 if TYPE_CHECKING:
-    from manta_client import Client
+    from manta_client import CallFailed, Client, MantaError
 
 HINT = "Ctrl-C stops an answer, /reset starts a new conversation, Ctrl-D exits."
 
@@ -38,30 +37,61 @@ def chat(
       manta chat --endpoint grpcs://example.org:443   another server
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a failed handshake is reported below, not by the library
-    from manta_client import Client, MantaError, Unavailable
+    from manta_client import Client, MantaError
     from manta_client.endpoint import DEFAULT
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if prompt is None and not sys.stdin.isatty():
         piped_in = sys.stdin.buffer.read().decode(errors="replace").strip()
         prompt = piped_in or exit_with_error("nothing was piped in, and no prompt was given")
-    conversation = None
+    place, conversation = endpoint or DEFAULT, None
+    notice = LossNotice(place)
     try:
-        with Client(endpoint) as client:
-            conversation = Conversation(client=client, model=model, system=as_text(system), options=options)
+        with Client(endpoint, on_retry=notice) as client:
+            conversation = Conversation(client=client, model=model, system=as_text(system), options=options, notice=notice)
             if prompt is None:
                 converse(conversation)
             elif not conversation.ask(as_text(prompt)):
                 raise typer.Exit(130)
-    except Unavailable as error:
-        if error.reason is not None:  # a server answered
-            exit_with_error(str(error))
-        place, cause = endpoint or DEFAULT, _cause(error.message)
-        if conversation is not None and conversation.begun:
-            exit_with_error(f"the server at {place} was lost and did not come back; the answer is not whole ({cause})")
-        exit_with_error(f"no server answers at {place}; `manta serve demo` starts one, --endpoint names another ({cause})")
     except MantaError as error:
-        exit_with_error(str(error))
+        exit_with_error(notice.explain(error))
+
+
+class LossNotice:
+    """Says that the server was lost, once in an answer, while the client library still tries to have the rest of it."""
+
+    PATIENCE = 2
+    """Failed attempts in a row before anything is said. The first is made within half a second, and is enough for a lost front."""
+
+    def __init__(self, place: str) -> None:
+        """``place``: the endpoint."""
+        self._place = place
+        self.begun = False
+        """Whether the latest answer has begun."""
+        self._said = False
+
+    def reset(self) -> None:
+        """A question is asked."""
+        self.begun = self._said = False
+
+    def __call__(self, failure: "CallFailed", num_failed: int) -> None:
+        """See `manta_client.retry.RetryPolicy.on_retry`."""
+        if self.begun and not self._said and num_failed >= self.PATIENCE:
+            self._said = True
+            print(flush=True)
+            lost = f"the connection to the server at {self._place} was lost ({_cause(failure.message)})"
+            typer.echo(f"manta: {lost}; trying for some seconds to have the rest. Ctrl-C gives up.", err=True)
+
+    def explain(self, error: "MantaError") -> str:
+        """What the user is told when a question fails."""
+        from manta_client import Unavailable
+
+        if not isinstance(error, Unavailable) or error.reason is not None:  # a server answered
+            return str(error)
+        cause = _cause(error.message)
+        if self.begun:
+            return f"the server at {self._place} was lost and did not come back; the answer is not whole ({cause})"
+        return f"no server answers at {self._place}; `manta serve demo` starts one, --endpoint names another ({cause})"
 
 
 def _cause(message: str) -> str:
@@ -92,9 +122,8 @@ class Conversation:
     model: str | None
     system: str | None
     options: dict[str, Any]
+    notice: LossNotice
     history: list[dict[str, str]] = field(default_factory=list)
-    begun: bool = False
-    """Whether the latest answer has begun."""
 
     def ask(self, prompt: str) -> bool:
         """Print the answer as it streams. Returns False if the user stopped it; the part that was printed joins the conversation.
@@ -104,17 +133,18 @@ class Conversation:
         """
         question = {"role": "user", "content": prompt}
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        whole, self.begun = True, False
+        whole = True
+        self.notice.reset()
         with self.client.chat.stream(messages=[*opening, *self.history, question], model=self.model, **self.options) as stream:
             try:
                 for delta in stream:
                     print(delta.text, end="", flush=True)
-                    self.begun = self.begun or bool(delta.text)
+                    self.notice.begun = self.notice.begun or bool(delta.text)
             except KeyboardInterrupt:
                 stream.close()
                 whole = False
             except BaseException:
-                if self.begun:
+                if self.notice.begun:
                     print(flush=True)  # the error message gets a line of its own
                 raise
             answer = stream.text
@@ -128,19 +158,20 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-    """Read questions from the terminal until Ctrl-D."""
+    """Read questions from the terminal until Ctrl-D. One that fails stands in the next line, to be edited or asked again."""
     from manta_client import MantaError
 
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() history and line editing)
     typer.echo(HINT)
+    draft = ""
     while True:
         try:
-            question = as_text(input("\n> ").strip())
+            question = as_text(read_line("\n> ", draft).strip())
         except KeyboardInterrupt:
+            draft = ""
             continue  # discard the line, as shells do
         except EOFError:
             return typer.echo()
+        draft = ""
         if question == "/reset":
             conversation.reset()
             typer.echo("Forgotten.")
@@ -148,4 +179,27 @@ def converse(conversation: Conversation) -> None:
             try:
                 conversation.ask(question)
             except MantaError as error:
-                typer.echo(f"manta: {error}", err=True)
+                typer.echo(f"manta: {conversation.notice.explain(error)}", err=True)
+                draft = question
+
+
+def read_line(prompt: str, draft: str) -> str:
+    """A line from the terminal, which begins with ``draft`` where lines can be edited.
+
+    Raises:
+        EOFError, KeyboardInterrupt: as of `input`.
+    """
+    try:
+        import readline  # also gives `input` a history
+    except ImportError:
+        return input(prompt)
+
+    def insert_draft() -> None:
+        readline.insert_text(draft)
+        readline.redisplay()
+
+    readline.set_pre_input_hook(insert_draft if draft else None)
+    try:
+        return input(prompt)
+    finally:
+        readline.set_pre_input_hook(None)

@@ -1,6 +1,8 @@
 """The command `manta`, as a person calls it."""
 
+import contextlib
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from manta_client.endpoint import Endpoint
 from typer.testing import CliRunner, Result
 
 from serve.cli import app
-from serve.commands.chat import Conversation, _cause, converse
+from serve.commands.chat import Conversation, LossNotice, _cause, converse
 from serve.commands.flag_hints import HINTS
 from serve.commands.flags import APP, SERVER
 from serve.commands.serve import greeting
@@ -164,13 +166,13 @@ class ScriptedClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> ScriptedClient:
     client = ScriptedClient()
-    monkeypatch.setattr(manta_client, "Client", lambda _endpoint: client)
+    monkeypatch.setattr(manta_client, "Client", lambda _endpoint, on_retry: client)
     return client
 
 
 @pytest.fixture
 def conversation(client: ScriptedClient) -> Conversation:
-    return Conversation(client=client, model=None, system="Be brief.", options={})  # type: ignore[arg-type]
+    return Conversation(client=client, model=None, system="Be brief.", options={}, notice=LossNotice("grpc://here:1"))  # type: ignore[arg-type]
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
@@ -268,6 +270,57 @@ def test_a_failed_answer_is_told_and_not_remembered(
     converse(conversation)
     assert "manta: the stream ended early" in capsys.readouterr().err
     assert [message["content"] for message in client.asked[1]["messages"]] == ["Be brief.", "again"]
+
+
+def test_a_question_whose_answer_is_lost_stands_in_the_next_line(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafts, waiting = [], iter(["lose", "fine"])
+
+    def read(_prompt: str, draft: str) -> str:
+        drafts.append(draft)
+        if (line := next(waiting, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("serve.commands.chat.read_line", read)
+    converse(conversation)
+    assert drafts == ["", "lose", ""]
+    assert "the server at grpc://here:1 was lost" in capsys.readouterr().err
+
+
+def test_a_line_begins_with_its_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal of its own."""
+    script = "from serve.commands.chat import read_line; print('read:', read_line('> ', 'a dräft'))"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(sys.executable, [sys.executable, "-c", script], {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"})
+    shown = b""
+    while "a dräft".encode() not in shown:
+        shown += os.read(terminal, 1000)
+    os.write(terminal, b", and more\n")
+    with contextlib.suppress(OSError):  # the terminal has gone
+        while True:
+            shown += os.read(terminal, 1000)
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert "read: a dräft, and more" in shown.decode()
+
+
+def test_a_lost_connection_is_told_while_the_rest_is_still_tried_for(capsys: pytest.CaptureFixture[str]) -> None:
+    notice = LossNotice("grpc://here:1")
+    refused = manta_client.Unavailable("ipv4:127.0.0.1:9000: Connection refused", code=StatusCode.UNAVAILABLE)
+    for number in (1, 2, 3):
+        notice(refused, number)
+    assert capsys.readouterr().err == "", "the answer has not begun: it fails soon enough"
+    notice.begun = True
+    notice(refused, 1)
+    assert capsys.readouterr().err == "", "only a front may have been lost"
+    for number in (2, 3, 4):
+        notice(refused, number)
+    told = capsys.readouterr().err
+    assert told.count("the connection to the server at grpc://here:1 was lost (Connection refused)") == 1
+    assert "Ctrl-C gives up" in told
 
 
 def test_ctrl_c_during_a_single_answer_ends_as_interrupted(client: ScriptedClient) -> None:

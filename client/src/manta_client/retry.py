@@ -20,6 +20,8 @@ class RetryPolicy:
     """Attempts in a row, without a token between them, to resume a broken stream."""
     first_pause_s: float = 0.5
     longest_pause_s: float = 8.0
+    on_retry: Callable[[CallFailed, int], None] | None = None
+    """Called before each pause with the failure, and the number of attempts in a row that have failed."""
 
     def __post_init__(self) -> None:
         if min(self.max_retries, self.max_resumes, self.first_pause_s, self.longest_pause_s) < 0:
@@ -62,6 +64,8 @@ class Attempts:
         remaining_s = self.remaining_s()
         if pause_s > self._policy.longest_pause_s * 1.25 or (remaining_s is not None and pause_s >= remaining_s):
             raise failure
+        if self._policy.on_retry is not None:
+            self._policy.on_retry(failure, self._num_failed)
         return pause_s
 
     def _own_pause_s(self) -> float:

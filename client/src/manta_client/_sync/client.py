@@ -1,9 +1,11 @@
 # Generated from `_async/client.py` by client/unasync.py. Do not edit.
 """The client."""
 
+from collections.abc import Callable
 from types import TracebackType
 
 from ..endpoint import Access, Certificates
+from ..errors import CallFailed
 from ..retry import RetryPolicy
 from .admin import Admin
 from .chat import Chat
@@ -30,6 +32,8 @@ class Client:
         client_certificate: PEM of the client's certificate, for servers that require one (mutual TLS).
         client_key: PEM of its private key.
         allow_insecure_key: send the key to another machine even without TLS.
+        on_retry: called before a call is tried again, or a broken stream resumed, with the failure and the number of attempts in a row
+            that have failed.
 
     Raises:
         InvalidEndpoint: the endpoint cannot be read.
@@ -47,9 +51,10 @@ class Client:
         client_certificate: bytes | None = None,
         client_key: bytes | None = None,
         allow_insecure_key: bool = False,
+        on_retry: Callable[[CallFailed, int], None] | None = None,
     ) -> None:
         access = Access.resolve(endpoint, api_key, allow_insecure_key=allow_insecure_key)
-        retry = RetryPolicy(max_retries=max_retries, max_resumes=MAX_RESUMES if max_retries else 0)
+        retry = RetryPolicy(max_retries=max_retries, max_resumes=MAX_RESUMES if max_retries else 0, on_retry=on_retry)
         certificates = Certificates(roots=root_certificates, chain=client_certificate, key=client_key)
         self._transport = Transport(access, certificates=certificates, timeout_s=timeout, retry=retry)
         self.models = Models(self._transport)
