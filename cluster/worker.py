@@ -17,7 +17,6 @@ import zmq
 from cluster import crash_report
 from cluster.channel import Address, KeyAuthenticator, listen, new_keys
 from cluster.doctor.facts import Need
-from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
 from cluster.errors import ChannelError
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
@@ -33,6 +32,7 @@ from engine.step_handle import NO_RESULT, StepHandle, message_comes_first
 from model.adapter_config import CONFIG_FILE
 from parallel.last_collective import record_to
 from parallel.topology import Topology
+from parallel.user_cache import cache_folder
 
 
 class Progress(Protocol):

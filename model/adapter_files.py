@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterError
-from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder, create_atomically
+from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, create_atomically
 from model.config import read_json_object
+from parallel.user_cache import cache_folder
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
     "tokenizer.json",

@@ -6,7 +6,6 @@ never are: each rank fetches its own ranges.
 
 import fnmatch
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from model.byte_source import ByteSource, LocalFile, RemoteFile, with_retries
 from model.checkpoint_error import CheckpointError
+from parallel.user_cache import cache_folder
 
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer, index. No code."""
@@ -202,12 +202,6 @@ def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where Manta keeps what it fetched: ``$MANTA_CACHE``, by default below the user's cache folder."""
-    own = os.environ.get("MANTA_CACHE")
-    return Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta"))
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from parallel.user_cache import cache_folder
+
 
 class Unavailable(Exception):
     """A native library or facility cannot be built or used on this machine; the message says why."""
@@ -24,8 +26,7 @@ def version_of(parts: Iterable[bytes]) -> str:
 
 def cache_path(name: str, version: str, file: str) -> Path:
     """Path of ``file`` in this user's cache, separate for every version."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "manta" / name / version / file
+    return cache_folder() / name / version / file
 
 
 def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:

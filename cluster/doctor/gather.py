@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from cluster.doctor.facts import GpuFacts, HostFacts, InterfaceFacts
+from parallel.user_cache import cache_folder, default_cache_folder
 
 LIBRARIES = {
     "manta": ("manta",), "torch": ("torch",), "ray": ("ray",), "safetensors": ("safetensors",),
@@ -152,14 +153,7 @@ def _memory_available(cgroup: Path = CGROUP) -> int:
 def _shared_memory_built() -> bool:
     """Whether there are kernels in the folder of `parallel.native.library.built_path`. Whether they are the right ones is checked when the
     ranks open their groups."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return any((cache / "manta" / "native").glob("*/*.so"))
-
-
-def cache_folder() -> Path:
-    """The same as `model.checkpoint_folder.cache_folder`, which imports torch."""
-    own = os.environ.get("MANTA_CACHE")
-    return Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta"))
+    return any(any((cache / "native").glob("*/*.so")) for cache in (cache_folder(), default_cache_folder()))
 
 
 def _nearest(folder: Path) -> Path:

@@ -71,7 +71,7 @@ class RunnerConfig:
     always NCCL."""
     tune_tiles: bool = True
     """On CUDA, measure at the first start on a kind of device the best kernels and tile sizes for products of quantised weights, of
-    routed experts, and of plain weights with one or two rows. The results are kept in the cache folder ($XDG_CACHE_HOME). Costs up to a
+    routed experts, and of plain weights with one or two rows. The results are kept in the cache folder ($MANTA_CACHE). Costs up to a
     minute once. Other kernels may round differently, as cuBLAS's do."""
     early_launches: bool = False
     """On CUDA (Hopper), let the kernels of steps of up to 64 tokens start while the previous kernel ends, and load their weights

@@ -18,12 +18,16 @@ from pathlib import Path
 import torch
 
 from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
+from parallel.user_cache import default_cache_folder, in_use, remove_unused
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "built"
 """Kernels built in advance next to the sources (``--all``)."""
+UNUSED_S = 30 * 86_400.0
+"""Kernels in the user's cache that were not loaded for this long are removed when others are built: every version of the sources, and so
+every update of Manta, has its own."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -99,7 +103,9 @@ def native() -> Native | None:
         variant = next((one for one in usable_variants() if built_path(one).exists()), None)
         if variant is None:
             raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
-        library = Native(built_path(variant), variant)
+        path = built_path(variant)
+        with in_use(path):
+            library = Native(path, variant)
     except (Unavailable, OSError) as reason:
         logger.info("computing without our own CPU kernels: %s", reason)
         return None
@@ -150,9 +156,13 @@ def _capabilities() -> set[str]:
 
 
 def built_path(variant: str) -> Path:
-    """Path of this variant's library: next to the sources if it was built in advance, else in the user's cache (perhaps not built yet)."""
-    prebuilt = _library_path(variant, prebuilt=True)
-    return prebuilt if prebuilt.exists() else _library_path(variant, prebuilt=False)
+    """Path of this variant's library: next to the sources if it was built in advance, else in the user's cache (perhaps not built yet).
+
+    What was built before MANTA_CACHE was set is found as well.
+    """
+    cached = _library_path(variant, prebuilt=False)
+    before = default_cache_folder() / "native" / cached.parent.name / cached.name
+    return next((path for path in (_library_path(variant, prebuilt=True), cached, before) if path.exists()), cached)
 
 
 def _library_path(variant: str, *, prebuilt: bool) -> Path:
@@ -187,8 +197,12 @@ def build_all() -> list[Path]:
 
 def _compiled(variant: str, target: Path | None = None) -> Path:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    flags = (*FLAGS, *VARIANTS[variant])
-    return compile_to(target or built_path(variant), lambda compiler, output: [compiler, *flags, *sources, "-o", str(output)])
+    flags, path = (*FLAGS, *VARIANTS[variant]), target or built_path(variant)
+    is_new = not path.exists()
+    built = compile_to(path, lambda compiler, output: [compiler, *flags, *sources, "-o", str(output)])
+    if is_new and target is None:
+        remove_unused(path.parent.parent, keep=path.parent, unused_s=UNUSED_S)
+    return built
 
 
 def num_threads() -> int:

@@ -110,7 +110,8 @@ def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | No
 
 
 def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | None) -> "Survey":
-    from cluster.doctor.gather import cache_folder, gpus_here
+    from cluster.doctor.gather import gpus_here
+    from parallel.user_cache import cache_folder
     from serve.devices import DeviceError, assign_devices
     from serve.host_requirements import host_requirements
 

@@ -184,7 +184,7 @@ def test_mismatched_sizes_are_an_error() -> None:
 
 def hide_the_kernels_on_rank_1(groups: ParallelGroups, folder: str) -> None:
     if groups.rank == 1:
-        os.environ["XDG_CACHE_HOME"] = folder
+        os.environ["XDG_CACHE_HOME"] = os.environ["MANTA_CACHE"] = folder
         native.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """Building and finding the kernels."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def test_without_kernels_the_log_says_how_to_build_them(tmp_path: Path) -> None:
 def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MANTA_CACHE", raising=False)
 
     def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,31 @@ def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monke
     assert [path.name for path in brought] == [f"manta_{variant}.so" for variant in library.VARIANTS]
     assert all(path.is_relative_to(tmp_path / "brought") for path in brought)
     assert [library.built_path(variant) for variant in library.VARIANTS] == brought
+
+
+def test_what_is_built_is_kept_in_the_cache_that_is_set_and_removes_what_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "set"))
+    old = tmp_path / "set" / "native" / "old" / "manta_avx2.so"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    for path in (old, old.parent):
+        os.utime(path, (0, 0))
+
+    def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+        return target
+
+    monkeypatch.setattr(library, "compile_to", compiler)
+    built = library.build("avx2")
+    assert built.is_relative_to(tmp_path / "set" / "native")
+    assert not old.parent.exists()
+    before = tmp_path / "default" / "manta" / built.relative_to(tmp_path / "set")
+    before.parent.mkdir(parents=True)
+    built.rename(before)
+    assert library.built_path("avx2") == before == library.build("avx2"), "built before MANTA_CACHE was set"
 
 
 @pytest.mark.slow
