@@ -115,14 +115,13 @@ def run_local(
         folder, variables = _folder_and_variables(config, stack)
         stack.enter_context(_no_process_left(variables, None if config.ray.temp_dir else folder))
         stack.enter_context(_environment(variables))
+        set_address = stack.enter_context(registered(variables[MARK], http=http))
         try:
             on_progress("starting Ray", 0.0)
             with as_start_error("starting Ray"):
                 _start_ray(models, config, folder)
             stop.install()  # again: Ray installed its own handlers
-            stack.enter_context(
-                registered(ray.get_runtime_context().gcs_address, variables[MARK], http=http)
-            )  # `manta status` shows it while it loads
+            set_address(ray.get_runtime_context().gcs_address)  # `manta status` shows the server while it loads
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
             with as_start_error("starting Ray Serve"):

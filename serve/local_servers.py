@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from parallel.user_cache import cache_folder
 class LocalServerRecord:
     pid: int
     address: str
-    """host:port of its Ray."""
+    """host:port of its Ray; "" while that starts."""
     token: str
     """Path of the token file for joining it; readable by this user only."""
     http: str = ""
@@ -22,23 +22,30 @@ class LocalServerRecord:
 
 
 @contextmanager
-def registered(address: str, token: str, *, http: str) -> Iterator[None]:
-    """Keep this process registered while the context is open."""
-    note = LocalServerRecord(pid=os.getpid(), address=address, token=token, http=http)
-    file = _folder() / f"{note.pid}.json"
+def registered(token: str, *, http: str) -> Iterator[Callable[[str], None]]:
+    """Keep this process registered while the context is open. Yields a function that takes the address of its Ray, once that is known.
+
+    Registered first, because Ray can be found before its address is known here, and whoever finds it needs the token.
+    """
+    file = _folder() / f"{os.getpid()}.json"
+
+    def write(address: str) -> None:
+        note = LocalServerRecord(pid=os.getpid(), address=address, token=token, http=http)
+        scratch = file.with_suffix(".new")
+        with suppress(OSError):  # the cache is not writable; `manta top` then needs an address
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            scratch.write_text(json.dumps(asdict(note)))
+            scratch.replace(file)  # atomic: a reader deletes what it cannot read
+
+    write("")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file.write_text(json.dumps(asdict(note)))
-    except OSError:  # the cache is not writable; `manta top` then needs an address
-        pass
-    try:
-        yield
+        yield write
     finally:
         _remove(file)
 
 
 def running_servers() -> list[LocalServerRecord]:
-    """All running servers. Deletes the files of servers that were killed."""
+    """All servers that run or start. Deletes the files of servers that were killed."""
     notes = []
     for file in sorted(_folder().glob("*.json")):
         try:

@@ -119,6 +119,9 @@ def _meant(address: str | None) -> "tuple[str, LocalServerRecord | None]":
     servers = running_servers()
     if address not in (None, "local"):
         return address, next((each for each in servers if each.address == address), None)
+    starting, servers = [each for each in servers if not each.address], [each for each in servers if each.address]
+    if starting and not servers:
+        exit_with_error(f"the server at {starting[0].http} (pid {starting[0].pid}) is starting its Ray; try again in a few seconds")
     if len(servers) > 1:
         listed = "\n".join(f"  --ray-address {each.address}  {each.http}" for each in servers)
         exit_with_error(f"{len(servers)} servers run here; choose one:\n{listed}")

@@ -20,10 +20,26 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_server_is_known_for_as_long_as_it_runs(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch()
-    with registered("127.0.0.1:1234", str(token), http="http://127.0.0.1:8000"):
+    with registered(str(token), http="http://127.0.0.1:8000") as set_address:
+        set_address("127.0.0.1:1234")
         (note,) = running_servers()
         assert (note.address, note.token) == ("127.0.0.1:1234", str(token))
     assert running_servers() == []
+
+
+def test_one_that_is_starting_its_ray_is_told_of_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Ray may be found already, and would refuse whoever does not know the token."""
+    token = tmp_path / "token"
+    token.touch()
+    with registered(str(token), http="http://127.0.0.1:8000") as set_address:
+        with pytest.raises(typer.Exit):
+            _meant(None)
+        told = capsys.readouterr().err
+        assert "the server at http://127.0.0.1:8000" in told
+        assert "is starting its Ray" in told
+        assert _meant("10.0.0.1:6379") == ("10.0.0.1:6379", None)
+        set_address("127.0.0.1:1234")
+        assert _meant(None)[0] == "127.0.0.1:1234"
 
 
 def test_what_a_killed_server_left_is_swept(cache: Path) -> None:
@@ -38,7 +54,8 @@ def test_what_a_killed_server_left_is_swept(cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_to_stops_no_server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").touch()
     monkeypatch.setenv("MANTA_CACHE", str(cache / "file"))
-    with registered("127.0.0.1:1234", "/nowhere", http=""):
+    with registered("/nowhere", http="") as set_address:
+        set_address("127.0.0.1:1234")
         assert running_servers() == []
 
 
