@@ -70,6 +70,7 @@ class Native:
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
         self.highest = self._function("highest", [address, size, address, address, size, size, threads])
         self.candidates = self._function("candidates", [address, size, address, address, *[size] * 4, threads])
+        self.draw = self._function("draw", [address, size, address, address, size, size, threads])
         suffixes = {torch.float32: "", **({torch.bfloat16: "_bf16"} if "bf16_dot" in self.kinds else {})}
         write_kv = [address, address, size, size, *[address] * 3, size, size, threads]
         self.write_kv = {dtype: self._function(f"write_kv{suffix}", write_kv) for dtype, suffix in suffixes.items()}

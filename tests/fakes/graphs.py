@@ -187,7 +187,7 @@ def kernel(run: Callable[..., None]) -> Callable[..., None]:
 def _begin(modes: ExitStack) -> _Recording:
     """Until the block is left. Our CPU kernels are not operations of torch and would not be replayed; a device does not have them."""
     recording = _Recording()
-    modes.enter_context(patch("engine.run.sampling.top_k.native", lambda: None))
+    modes.enter_context(patch("engine.run.sampling.kernels.native", lambda: None))
     for mode in (_under_way(recording), _HostIsAway(), recording):
         modes.enter_context(mode)
     return recording

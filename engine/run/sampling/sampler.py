@@ -17,12 +17,14 @@ from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edit_logits
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, total_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
-from engine.run.sampling.kernels import sampling_kernels_for
+from engine.run.sampling.kernels import cpu_kernels_for, sampling_kernels_for
 from engine.run.sampling.logprobs import token_logprobs
 from engine.run.sampling.report import DrawReport
 from engine.run.sampling.state import Row
 from engine.run.sampling.top_k import highest
 from engine.run.transfer import upload
+from parallel.native.library import Native
+from parallel.native.sampling import draw
 
 NOT_FINITE = "the model gave NaN or no finite logits"
 NOTHING_LEFT = "the request's own rules leave no token that could be sampled"
@@ -50,6 +52,8 @@ class Sampler:
         logits_RV = edit_logits(raw_RV, rows, table)
         if kernels := sampling_kernels_for(logits_RV):
             return self.results(raw_RV, logits_RV, rows, self._draw_with_kernels(kernels, raw_RV, logits_RV, rows))
+        if library := cpu_kernels_for(logits_RV):
+            return self.results(raw_RV, logits_RV, rows, self._draw_on_cpu(library, raw_RV, logits_RV, rows))
         highest_R, chosen_R = highest(logits_RV)  # greedy rows need nothing else
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):
@@ -76,22 +80,33 @@ class Sampler:
 
     def _draw_with_kernels(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> DrawReport:
         """The report for `results`, from one kernel. Every row is decided."""
-        states = [row.state for row in rows]
-        floats = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
-        integers = [
-            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), draw_mode_code(state))
-            for state, row in zip(states, rows, strict=True)
-        ]
-        params_8R = upload(np.concatenate([np.array(integers, np.int64), floats.view(np.int64)], 1).T.copy(), self.device)
+        params_R8 = self._params(rows)
+        params_8R = upload(params_R8.T.copy(), self.device)
         temperature_R, top_p_R, min_p_R = params_8R[5:].view(torch.float64)
         report_3R = torch.empty(3, len(rows), dtype=torch.int64, device=self.device)
         kernels.draw(
-            logits_RV, report_3R, hardest_mode=graph_mode(max(mode for *_, mode in integers)), seed_R=params_8R[0], choice_R=params_8R[1],
+            logits_RV, report_3R, hardest_mode=graph_mode(int(params_R8[:, 4].max())), seed_R=params_8R[0], choice_R=params_8R[1],
             position_R=params_8R[2], top_k_R=params_8R[3], mode_R=params_8R[4], temperature_R=temperature_R, top_p_R=top_p_R,
             min_p_R=min_p_R, raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
         )  # fmt: skip
         chosen, raw_finite, finite = report_3R.tolist()  # the host waits for the device here, once per step
         return DrawReport(chosen, [1] * len(rows), raw_finite, finite)
+
+    def _draw_on_cpu(self, library: Native, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> DrawReport:
+        """The report for `results`, from one call. Every row is decided."""
+        chosen, finite = draw(library, logits_RV, torch.from_numpy(self._params(rows))).tolist()
+        raw_finite = finite if logits_RV is raw_RV else highest(raw_RV)[0].isfinite().tolist()
+        return DrawReport(chosen, [1] * len(rows), raw_finite, finite)
+
+    def _params(self, rows: Sequence[Row]) -> np.ndarray:
+        """int64 (R, 8): seed, choice, position, top-k and draw mode; then temperature, top-p and min-p in the bits of float64."""
+        states = [row.state for row in rows]
+        integers = [
+            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), draw_mode_code(state))
+            for state, row in zip(states, rows, strict=True)
+        ]
+        floats = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
+        return np.concatenate([np.array(integers, np.int64), floats.view(np.int64)], 1)
 
     def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
         """Draw the rows of one group, and write the results to the group's rows of ``chosen_R`` and ``decided_R``."""

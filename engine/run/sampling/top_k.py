@@ -8,9 +8,9 @@ R rows, V ids that can be sampled, C candidates, N segments.
 import torch
 from torch import Tensor
 
+from engine.run.sampling.kernels import cpu_kernels_for
 from parallel.native.elementwise import candidates as candidates_by
 from parallel.native.elementwise import highest as highest_by
-from parallel.native.library import Native, native
 
 _SEGMENT = 64
 """Ids per segment for few candidates."""
@@ -24,7 +24,7 @@ _LONG_SEGMENT = 512
 
 def highest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The highest logit of each row and its id, the lowest id if several are equal. A row with NaN gives NaN and an arbitrary id."""
-    library = _kernels(logits_RV)
+    library = cpu_kernels_for(logits_RV)
     return highest_torch(logits_RV) if library is None else highest_by(library, logits_RV)
 
 
@@ -48,7 +48,7 @@ def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     vocab_size = logits_RV.shape[1]
     if count >= vocab_size:
         return logits_RV, torch.arange(vocab_size, device=logits_RV.device).expand(logits_RV.shape)
-    library = _kernels(logits_RV)
+    library = cpu_kernels_for(logits_RV)
     return candidates_torch(logits_RV, count) if library is None else candidates_by(library, logits_RV, count, _segment_length(count))
 
 
@@ -68,11 +68,6 @@ def candidates_torch(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _segment_length(count: int) -> int:
     return _SEGMENT if count < _MANY else _SEGMENT // 2
-
-
-def _kernels(logits_RV: Tensor) -> Native | None:
-    supported = logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 and logits_RV.stride(1) == 1
-    return native() if supported else None
 
 
 def num_certain(ordered_RC: Tensor, vocab_size: int) -> Tensor:

@@ -66,6 +66,17 @@ static inline Floats unpack_low(Floats a, Floats b) { return _mm512_unpacklo_ps(
 static inline Floats unpack_high(Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); }
 static inline Floats shuffle_low(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0x44); }
 static inline Floats shuffle_high(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0xee); }
+using Doubles = __m512d;
+constexpr int DOUBLES = 8;
+static inline Doubles broadcast_double(double x) { return _mm512_set1_pd(x); }
+static inline Doubles load_doubles(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+static inline void store_doubles(double* p, Doubles x) { _mm512_storeu_pd(p, x); }
+static inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+static inline Doubles subtract(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
+static inline Doubles maximum(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
+static inline Doubles rounded(Doubles x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Doubles rounded_down(Doubles x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+static inline Doubles times_power_of_2(Doubles x, Doubles n) { return _mm512_scalef_pd(x, n); }  // n: integers of small size
 #else
 constexpr int LANES = 8;
 using Floats = __m256;
@@ -115,6 +126,20 @@ static inline float reduce_max(Floats x) {
 // Elements k .. k + 3 of rows 0 and 4 of `rows`, concatenated.
 static inline Floats load_fours(const float* const* rows, long k) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + k)), _mm_loadu_ps(rows[4] + k), 1);
+}
+using Doubles = __m256d;
+constexpr int DOUBLES = 4;
+static inline Doubles broadcast_double(double x) { return _mm256_set1_pd(x); }
+static inline Doubles load_doubles(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+static inline void store_doubles(double* p, Doubles x) { _mm256_storeu_pd(p, x); }
+static inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+static inline Doubles subtract(Doubles a, Doubles b) { return _mm256_sub_pd(a, b); }
+static inline Doubles maximum(Doubles a, Doubles b) { return _mm256_max_pd(a, b); }
+static inline Doubles rounded(Doubles x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Doubles rounded_down(Doubles x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+static inline Doubles times_power_of_2(Doubles x, Doubles n) {
+    const __m256i exponent = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
+    return _mm256_mul_pd(x, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)));
 }
 static inline Floats unpack_low(Floats a, Floats b) { return _mm256_unpacklo_ps(a, b); }
 static inline Floats unpack_high(Floats a, Floats b) { return _mm256_unpackhi_ps(a, b); }

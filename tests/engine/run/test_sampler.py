@@ -26,6 +26,12 @@ def make_logits(rows: int, vocab_size: int, *, seed: int, spread: float = 3.0, t
     return (logits * 2).round() / 2 if ties else logits
 
 
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """Samples without kernels."""
+    monkeypatch.setattr(sampler, "cpu_kernels_for", lambda _logits: None)
+
+
 FILTERS = [
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=0.3),
@@ -53,6 +59,26 @@ def test_every_filter_draws_what_its_definition_draws(params, ties):
     rows = [row(params, vocab_size=vocab_size, position=i) for i in range(count)]
     expected = [slow_sample(logits[i].numpy(), params, position=i) for i in range(count)]
     assert tokens_of(Sampler(vocab_size=vocab_size, device=CPU).sample(logits, rows)) == expected
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=repr)
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_filter_draws_in_plain_torch_what_its_definition_draws(plain_torch, params, ties):
+    test_every_filter_draws_what_its_definition_draws(params, ties)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 130, 5003, 151_646])
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+def test_kernels_draw_what_plain_torch_draws(vocab_size, spread, monkeypatch):
+    """Also from flat distributions, of which filters keep most ids, from ties, and in rows with faults."""
+    rows = [row(params, vocab_size=vocab_size, position=position) for params in FILTERS for position in (0, 5)]
+    logits = make_logits(len(rows), vocab_size + 3, seed=3, spread=spread)
+    logits[::4] = logits[::4].round()
+    logits[3, vocab_size // 2], logits[4, vocab_size // 2] = torch.nan, torch.inf
+    logits[5], logits[6, : vocab_size - 1] = -torch.inf, -torch.inf
+    found = Sampler(vocab_size=vocab_size, device=CPU).sample(logits, rows)
+    monkeypatch.setattr(sampler, "cpu_kernels_for", lambda _logits: None)
+    assert found == Sampler(vocab_size=vocab_size, device=CPU).sample(logits, rows)
 
 
 params_anyhow = st.builds(
@@ -153,7 +179,7 @@ def test_half_precision_logits_draw_as_their_float32_values(dtype):
     assert draw(logits, rows) == draw(logits.float(), rows)
 
 
-def test_a_filter_that_reaches_beyond_the_candidates_is_decided_by_sorting(monkeypatch):
+def test_a_filter_that_reaches_beyond_the_candidates_is_decided_by_sorting(plain_torch, monkeypatch):
     vocab_size = 5000
     params = [SamplingParams(top_p=0.95, temperature=1.5), SamplingParams(min_p=0.001), SamplingParams(top_k=2000), SamplingParams(top_k=4)]
     logits = make_logits(4, vocab_size, seed=6, spread=0.5)
@@ -169,7 +195,7 @@ def test_a_filter_that_reaches_beyond_the_candidates_is_decided_by_sorting(monke
     assert expected[3] < 4
 
 
-def test_a_top_k_beyond_the_candidates_is_decided_among_them_where_min_p_keeps_fewer_and_top_p_is_off(monkeypatch):
+def test_a_top_k_beyond_the_candidates_is_decided_among_them_where_min_p_keeps_fewer_and_top_p_is_off(plain_torch, monkeypatch):
     vocab_size = 5000
     off = SamplingParams(top_k=2000, min_p=0.3)
     params = [off, replace(off, top_p=0.9), replace(off, min_p=0.01)]
@@ -183,7 +209,7 @@ def test_a_top_k_beyond_the_candidates_is_decided_among_them_where_min_p_keeps_f
     assert sorted_rows == rows[1:], "of the second nobody knows the whole weight, and the third keeps more than the candidates"
 
 
-def test_the_usual_filters_never_sort_the_vocabulary(monkeypatch):
+def test_the_usual_filters_never_sort_the_vocabulary(plain_torch, monkeypatch):
     vocab_size = 151_646
     params = [SamplingParams(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05), SamplingParams(), SamplingParams(top_p=0.9)]
     logits = make_logits(3, vocab_size, seed=7, spread=4.0)
@@ -277,7 +303,7 @@ def test_rows_ask_for_different_numbers_of_alternatives():
     assert [[len(position.top) for position in answer.logprobs] for answer in answers] == [[], [0], [2], [20]]
 
 
-def test_large_batches_are_drawn_in_parts_with_the_same_answers(monkeypatch):
+def test_large_batches_are_drawn_in_parts_with_the_same_answers(plain_torch, monkeypatch):
     logits = make_logits(20, 2000, seed=13)
     rows = [row(SamplingParams(top_p=0.5 if i % 2 else 1.0), vocab_size=2000, position=i) for i in range(20)]
     draw = Sampler(vocab_size=2000, device=CPU).sample
