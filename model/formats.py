@@ -10,7 +10,7 @@ import torch
 from model.quantisation import QuantisedKind
 from parallel.native.library import available_kinds
 from parallel.native.linear import Kind
-from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
+from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import PackedFormat
 from parallel.quantisation import FP8_MIN_CAPABILITY
 from parallel.quantised_format import QuantisedFormat, has_triton
@@ -68,9 +68,9 @@ def choose_formats(
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
     packed = PackedFormat("bf16_dot" if rounds_activations and "bf16_dot" in kinds else "bf16", torch.bfloat16)
-    if rounds_activations and common_kinds is None and (not kinds or has_amx()) and runs_here(torch.bfloat16):
+    if rounds_activations and common_kinds is None and not kinds and runs_here(torch.bfloat16):
         # oneDNN's packed matrices cannot be sent to another rank
-        return Formats(OneDnnFormat(torch.bfloat16), packed if kinds else Dense(dtype))
+        return Formats(OneDnnFormat(torch.bfloat16), Dense(dtype))
     if kinds and in_bfloat16:
         return Formats(packed, packed)
     if kinds and dtype == torch.float32:

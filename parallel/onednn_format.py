@@ -1,4 +1,4 @@
-"""Weights prepacked by oneDNN, for CPUs that multiply bfloat16 natively."""
+"""Weights prepacked by oneDNN, for CPUs that multiply bfloat16 natively and have no kernels of ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,11 +43,6 @@ class OneDnnFormat:
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         raise NotImplementedError("rows cannot be looked up in oneDNN's layout; hold such a table unpacked")
-
-
-def has_amx() -> bool:
-    """Whether this processor has AMX tiles for bfloat16, which oneDNN uses and our kernels do not."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def runs_here(dtype: torch.dtype) -> bool:

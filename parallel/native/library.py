@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
+from parallel.native.tiles import may_use_tiles
 from parallel.user_cache import default_cache_folder, in_use, remove_unused
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 KINDS = ("bf16", "fp32", "int8", "int4", "int4_zeros")
 VARIANTS = {
+    "amx": (*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512_bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*AVX512, "-mavx512vnni"),
     "avx512": AVX512,
@@ -41,7 +43,8 @@ VARIANTS = {
 }
 """Best first, with the compiler flags."""
 _INTEGER_DOTS = ("int8_dot", "int4_dot", "int4_zeros_dot")
-DOT_KINDS = {"avx512_bf16": ("bf16_dot", *_INTEGER_DOTS), "avx512_vnni": _INTEGER_DOTS}
+_ALL_DOTS = ("bf16_dot", *_INTEGER_DOTS)
+DOT_KINDS = {"amx": _ALL_DOTS, "avx512_bf16": _ALL_DOTS, "avx512_vnni": _INTEGER_DOTS}
 """Additional kinds of a variant, which quantise rows as well: the processor multiplies two or four such numbers per 32-bit lane."""
 
 
@@ -138,6 +141,8 @@ def usable_variants() -> tuple[str, ...]:
     has = _capabilities()
     found: list[str] = []
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
+        if {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"} <= has and may_use_tiles():
+            found.append("amx")
         if "avx512_vnni" in has:
             found += ["avx512_bf16", "avx512_vnni"] if "avx512_bf16" in has else ["avx512_vnni"]
         found.append("avx512")

@@ -28,18 +28,17 @@ def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> N
 
 
 def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On processors with bfloat16 products: our format, or oneDNN's if there are AMX tiles."""
+    """On processors with bfloat16 products: our format, or oneDNN's without our kernels."""
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: dtype == BF16)
-    monkeypatch.setattr("model.formats.has_amx", lambda: False)
     monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("bf16", "fp32", "bf16_dot")))
     dot = PackedFormat("bf16_dot", BF16)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(dot, dot)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == PackedFormat("bf16", BF16)
     assert choose_formats(CPU, BF16, [BF16]).matrices == dot
     assert choose_formats(CPU, FLOAT, [FLOAT], rounds_activations=True).matrices == PackedFormat("fp32", FLOAT)
-    monkeypatch.setattr("model.formats.has_amx", lambda: True)
-    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(OneDnnFormat(BF16), dot)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, common_kinds=frozenset(("bf16", "bf16_dot"))) == Formats(dot, dot)
+    monkeypatch.setattr("model.formats.available_kinds", frozenset)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(OneDnnFormat(BF16), Dense(FLOAT))
     monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("bf16", "fp32")))
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: False)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True).matrices == PackedFormat("bf16", BF16)

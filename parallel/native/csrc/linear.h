@@ -7,10 +7,12 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 #include "simd.h"
 #include "small.h"
 #include "tasks.h"
+#include "tiles.h"
 
 constexpr int PANEL = 2 * LANES;
 constexpr int CHUNK = 4;        // panels per task with few rows
@@ -175,6 +177,64 @@ struct Bf16Row {
     const uint16_t* x;
 };
 
+#if defined(__AMX_TILE__)
+struct Bf16Dot {
+    const uint16_t* weights;  // [panel][k / 2][output][2]
+    long K;                   // even: padded with a zero
+    using Row = Bf16Row;
+    static constexpr bool USES_TILES = true;
+    static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
+    static constexpr long PANEL_MAJOR_PARTS = 3;
+    static constexpr long STEP = 32;  // inputs of a product of tiles
+
+    static constexpr int panels_at_once(int rows) { return rows <= TILE_SIDE ? 2 : 1; }
+
+    // All numbers of rows are multiplied by tiles, however few rows there are: these sum in another order than vectors do.
+    template <int R, int P>
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+        static_assert(P == 1 || R <= TILE_SIDE);
+        constexpr bool HAS_SECOND = R > TILE_SIDE;  // rows from 16 on are in tiles of their own
+        const long x_stride = R > 1 ? (rows[R > 1 ? 1 : 0].x - rows[0].x) * long(sizeof(*rows[0].x)) : 0;
+        const uint16_t* w = weights + panel * K * PANEL;
+        const auto each_sum = [&](auto run) INLINED {
+            unrolled<2 * P>([&](auto c) INLINED { run(c, 0, c * TILE_SIDE); });
+            if constexpr (HAS_SECOND)
+                unrolled<2>([&](auto c) INLINED { run(std::integral_constant<int, 2 + c>(), TILE_SIDE, c * TILE_SIDE); });
+        };
+        each_sum([&](auto tile, int row, int column) INLINED {
+            load_tile<tile>(initial.at + row * initial.stride + column, initial.stride * sizeof(float));
+        });
+        const auto step = [&](const uint16_t* x, long x_stride, const uint16_t* at, long panel_stride) INLINED {
+            load_tile<4>(x, x_stride);
+            if constexpr (HAS_SECOND) load_tile<5>((const char*)x + TILE_SIDE * x_stride, x_stride);
+            unrolled<P>([&](auto p) INLINED {
+                load_tile<6>(at + p * panel_stride, 2 * TILE_BYTES);
+                multiply_bf16_tiles<2 * p, 4, 6>();
+                load_tile<7>(at + p * panel_stride + 2 * LANES, 2 * TILE_BYTES);
+                if constexpr (HAS_SECOND) multiply_bf16_tiles<2, 5, 6>();
+                multiply_bf16_tiles<2 * p + 1, 4, 7>();
+                if constexpr (HAS_SECOND) multiply_bf16_tiles<3, 5, 7>();
+            });
+        };
+        long k = k0;
+        for (; k + STEP <= k1; k += STEP) {
+            if (ahead)
+                unrolled<P>([&](auto p) INLINED {
+                    for (long number = 0; number < STEP * PANEL; number += TILE_BYTES / 2)
+                        prefetch_l2(w + p * K * PANEL + (k + ahead) * PANEL + number);
+                });
+            step(rows[0].x + k, x_stride, w + k * PANEL, K * PANEL);
+        }
+        if (k < k1) {  // fewer than STEP inputs are left: both sides are filled up with zeros
+            alignas(64) uint16_t x[R][STEP] = {}, rest[P][STEP * PANEL] = {};
+            for (int r = 0; r < R; ++r) memcpy(x[r], rows[r].x + k, (k1 - k) * sizeof(uint16_t));
+            for (int p = 0; p < P; ++p) memcpy(rest[p], w + (p * K + k) * PANEL, (k1 - k) * PANEL * sizeof(uint16_t));
+            step(x[0], sizeof(x[0]), rest[0], STEP * PANEL);
+        }
+        each_sum([&](auto tile, int row, int column) INLINED { store_tile<tile>(sums + row * stride + column, stride * sizeof(float)); });
+    }
+};
+#else
 struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
     long K;                   // even: padded with a zero
@@ -216,6 +276,7 @@ struct Bf16Dot {
         });
     }
 };
+#endif
 
 class Bf16Rows {
     AlignedBuffer<uint16_t> numbers;
@@ -242,11 +303,30 @@ public:
 
 constexpr long ADJACENT = INT64_MIN;
 
+// The tiles of this thread while products of W use them, configured for their number of rows. Nothing for a W that is multiplied by vectors.
+template <class W, class = void> struct TilesFor {
+    void configure(int) {}
+};
+#if defined(__AMX_TILE__)
+template <class W> class TilesFor<W, std::enable_if_t<W::USES_TILES>> {
+    int rows = 0;
+
+public:
+    void configure(int wanted) {
+        if (wanted != rows) configure_tiles(rows = wanted);
+    }
+    ~TilesFor() {
+        if (rows) release_tiles();
+    }
+};
+#endif
+
 // sums = bias (may be null) + the products of `count` rows, split into parts of nearly equal size, with `panels` panels. With few rows the panel
 // after the last one is prefetched: the adjacent one, or the one at a distance of `next` panels.
 template <class W>
 static void multiply_panels(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums,
                             long stride, long next = ADJACENT) {
+    TilesFor<W> tiles;
     const long row_parts = count <= W::MAX_ROWS ? 1 : (count + W::PART_ROWS - 1) / W::PART_ROWS;
     const auto initial_of = [&](long p) { return InitialSums{bias ? bias + p * PANEL : NO_BIAS, 0}; };
     if (w.K == 0)  // no products
@@ -255,6 +335,7 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
     if (row_parts == 1) {
         dispatch_rows<W::MAX_ROWS>(count, [&](auto num_rows) {
             constexpr int R = num_rows.value, P = W::panels_at_once(R);
+            tiles.configure(R);
             const auto pass = [&](auto wide, long p) {
                 const bool is_last = p + wide.value == panels;
                 const long ahead = (is_last && next != ADJACENT ? next : long(wide.value)) * w.K;
@@ -274,6 +355,7 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
         const long first = rows_at(part);
         float* to = sums + first * stride + p * PANEL;
         dispatch_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto num_rows) {
+            tiles.configure(num_rows.value);
             w.template tile<num_rows.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
         });
     };
