@@ -38,7 +38,8 @@ class ScreenedHead:
 
 def _known(top_logits: TopLogits, num_ids: int) -> TopLogits:
     """Drop ids that this model does not have: a draft model's vocabulary may be smaller than its target's."""
-    return TopLogits(top_logits.highest, [ids[ids < num_ids] for ids in top_logits.lowered], min(top_logits.limit, num_ids))
+    lowered = [ids[ids < num_ids] if len(ids) else ids for ids in top_logits.lowered]  # indexing takes a microsecond, and most are empty
+    return TopLogits(top_logits.highest, lowered, min(top_logits.limit, num_ids))
 
 
 def screened_head(format: WeightFormat, tensors: dict[str, Tensor]) -> ScreenedHead | None:

@@ -38,7 +38,8 @@ class BuiltBatch:
     def sampled_rows(self, hidden_XD: Tensor, kept_R: Tensor | None) -> Tensor:
         """The hidden states (R, D) for the head, from what `Qwen2.hidden` returned with ``kept_R``."""
         rows_R = self.forward.logit_rows_R
-        return hidden_XD[rows_R] if kept_R is None else hidden_XD[: len(rows_R)]
+        has_every_row = kept_R is not None or len(rows_R) == self.forward.num_tokens
+        return hidden_XD[: len(rows_R)] if has_every_row else hidden_XD[rows_R]
 
 
 def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, device: torch.device) -> BuiltBatch:

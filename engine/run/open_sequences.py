@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.plan import StepPlan, Work
-from engine.request_trace import trace_place
+from engine.request_trace import is_tracing, trace_place
 from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import AllowedTokens, Guides
 from engine.run.last_tokens import LastTokens
@@ -97,6 +97,6 @@ class OpenSequences:
 
     def trace(self, place: int, works: Sequence[Work]) -> None:
         """Log the place of each request; only one rank per shard does."""
-        if self._vocab_size is not None:
+        if self._vocab_size is not None and is_tracing():
             for work in works:
                 trace_place(place, self.states[work.sequence].request_id)

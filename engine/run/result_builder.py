@@ -71,6 +71,8 @@ class ResultBuilder:
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.prompt_logprobs, output.embeddings, output.drafting_s)
 
     def _verify_draft(self, work: Work, results: list[SampledTokens]) -> SampledTokens:
+        if not work.num_draft:
+            return results[0]
         result = verify_draft(work, results)
         self._sequences.states[work.sequence].accept_draft(result.tokens[:-1])
         return result

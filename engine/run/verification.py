@@ -15,6 +15,8 @@ from engine.run.sampling.state import Row, SamplingState
 def sampling_rows(work: Work, state: SamplingState, allowed: np.ndarray | None) -> list[Row]:
     """One row after the last known token, and one after each draft token, whose history includes the draft up to it."""
     first = state.next_position(work)
+    if not work.num_draft:
+        return [Row(state, first, allowed)]
     draft = work.tokens[len(work.tokens) - work.num_draft :]
     return [Row(state, first + count, allowed, draft[:count]) for count in range(work.num_draft + 1)]
 
