@@ -5,7 +5,8 @@
 - undecodable gRPC messages become our own error (`serve.grpc.decode_errors`);
 - chunks of streams arrive past Ray (`serve.bypass`);
 - streams and connections of clients that do not read are ended (`serve.grpc.slow_clients`, `ConfiguredSockets`);
-- the loss of a front becomes our own error.
+- the loss of a front becomes our own error;
+- a client that goes leaves no traceback in the log.
 
 The only code of ours that Ray Serve runs in the proxy before it listens is the callback named by `CALLBACK_VARIABLE`.
 """
@@ -61,6 +62,7 @@ def before_listening() -> list[Any]:
     from ray.serve._private import default_impl, http_util
     from ray.serve._private import proxy as _proxy
     from ray.serve._private.grpc_util import gRPCGenericServer
+    from ray.serve._private.proxy_response_generator import ProxyResponseGenerator
 
     from serve.bypass import ProxyEndpoint
     from serve.grpc.bypass import receive_past_ray
@@ -92,7 +94,28 @@ def before_listening() -> list[Any]:
     http_util.socket = ConfiguredSockets(slow_s)  # type: ignore[attr-defined, assignment]  # http_util uses it only for the socket that it listens on
     proxy.get_http_response_status = with_manta_errors(proxy.get_http_response_status, over_grpc=False)
     proxy.get_grpc_response_status = with_manta_errors(proxy.get_grpc_response_status, over_grpc=True)
+    read_errors_of_left_tasks(ProxyResponseGenerator)
     return proxy_middlewares(endpoint)
+
+
+def read_errors_of_left_tasks(generator: Any) -> None:
+    """Have the errors of the tasks in which Ray Serve waits for the next message read in any case.
+
+    If the waiting call is cancelled, as it is when a client goes, Ray Serve cancels the request behind it and leaves the task, whose
+    RequestCancelledError asyncio then reports with a traceback.
+    """
+
+    def reading(wait: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        async def wait_and_read(self: Any) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await wait(self)
+
+        return wait_and_read
+
+    for name in ("_await_response", "_await_response_anext"):
+        setattr(generator, name, reading(getattr(generator, name)))
 
 
 def with_manta_errors(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:

@@ -108,9 +108,12 @@ def _receiving(stream: Stream, endpoint: ProxyEndpoint) -> Stream:
             refuse(context, FrontLost(), "")
         finally:
             incoming.close()
-            if waiting_for_end is not None and not waiting_for_end.done():  # this is how Ray learns to cancel the call behind it
-                waiting_for_end.cancel()
-                await asyncio.wait([waiting_for_end])
+            if waiting_for_end is not None:
+                if not waiting_for_end.done():  # this is how Ray learns to cancel the call behind it
+                    waiting_for_end.cancel()
+                    await asyncio.wait([waiting_for_end])
+                if not waiting_for_end.cancelled():
+                    waiting_for_end.exception()  # asyncio reports one that nobody has asked for, and a client that has gone does not
 
     return unary_stream
 

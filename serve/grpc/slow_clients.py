@@ -1,4 +1,4 @@
-"""Place 14 of a request over gRPC, in the proxy: ends the stream of a client that does not read it."""
+"""Place 14 of a request over gRPC, in the proxy: ends the stream of a client that does not read, or has gone while it was sent to."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,11 @@ Stream = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 def abort_slow_clients(handler: grpc.RpcMethodHandler, limit_s: float) -> grpc.RpcMethodHandler:
     """The handler, whose streams end if a message is not taken within ``limit_s`` (the client's flow-control window is full, and it does
-    not read). The source is cancelled as if the client had disconnected. If the client reads again, it gets an error."""
+    not read). The source is cancelled as if the client had disconnected. If the client reads again, it gets an error.
+
+    The source is also cancelled if gRPC leaves the stream while a message is sent, as it does if the client cancels then: it does not close
+    the generator, so the event loop does. Ray Serve's own generator, closed like this, would neither end nor cancel the call behind it.
+    """
     return handler if handler.unary_stream is None else handler._replace(unary_stream=_aborting(handler.unary_stream, limit_s))
 
 
@@ -23,10 +27,14 @@ def _aborting(stream: Stream, limit_s: float) -> Stream:
         messages = stream(request, context)
         async for message in messages:
             timeout = _ReadTimeout(limit_s, lambda: cancelling.append(loop.create_task(_cancel(messages))))
+            is_taken = False
             try:
                 yield message  # returns when gRPC has taken the message
+                is_taken = True
             finally:
                 timeout.stop()
+                if not is_taken:
+                    await (cancelling[0] if cancelling else _cancel(messages))
             if cancelling:
                 await cancelling[0]
                 await context.abort(grpc.StatusCode.ABORTED, f"nothing of this stream was read for {limit_s:g} s")

@@ -1,11 +1,13 @@
 """Place 1 of a request over HTTP: reads a JSON body, strictly and within limits."""
 
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serve.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType
+from serve.http.disconnect import ClientDisconnected
 from serve.limits import Limits
 
 
@@ -15,6 +17,7 @@ async def read_json_object(request: Request, limits: Limits) -> dict[str, Any]:
     Raises:
         UnsupportedMediaType: the Content-Type is not JSON in UTF-8, or the body is compressed.
         RequestTooLarge: it has more bytes than the limit, whatever Content-Length says.
+        ClientDisconnected: the client left before it had sent all of it.
         InvalidRequest: it is not a JSON object (RFC 8259: no NaN, no Infinity, no lone surrogates), or nested too deeply.
     """
     _check_media_type(request.headers.get("content-type"))
@@ -36,10 +39,14 @@ async def _read(request: Request, limit: int) -> bytes:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not accepted")
     read = bytearray()
-    async for piece in request.stream():
-        read += piece
-        if len(read) > limit:
-            raise RequestTooLarge(limit_bytes=limit)
+    try:
+        async with aclosing(request.stream()) as pieces:
+            async for piece in pieces:
+                read += piece
+                if len(read) > limit:
+                    raise RequestTooLarge(limit_bytes=limit)
+    except ClientDisconnect:
+        raise ClientDisconnected from None
     return bytes(read)
 
 

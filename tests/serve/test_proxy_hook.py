@@ -1,9 +1,10 @@
 """What Ray Serve's proxy is made to do: sockets that a client cannot hold for ever, nor a dead proxy, and losses told as our errors."""
 
 import asyncio
+import gc
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -14,10 +15,11 @@ from ray.serve._private import http_util
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.grpc_util import get_grpc_response_status
 from ray.serve._private.http_util import get_http_response_status
+from ray.serve._private.proxy_response_generator import ProxyResponseGenerator
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from serve.proxy_hook import ConfiguredSockets, with_manta_errors
+from serve.proxy_hook import ConfiguredSockets, read_errors_of_left_tasks, with_manta_errors
 from tests.system.server import free_ports
 
 
@@ -126,3 +128,39 @@ def test_of_what_went_wrong_within_only_an_id_is_told(over_grpc: bool) -> None:
         assert "secrets" not in str(status.message)
     late = with_manta_errors(status_of, over_grpc=over_grpc)(TimeoutError(), 3.0, "r")
     assert late.code == (grpc.StatusCode.DEADLINE_EXCEEDED if over_grpc else 408)
+
+
+class Answer:
+    """Ray Serve's answer to a call, as far as its proxy knows it: a cancel makes whoever waits for it fail."""
+
+    def __init__(self) -> None:
+        self._ended = asyncio.Event()
+
+    def cancelled(self) -> bool:
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        self._ended.set()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._ended.wait().__await__()
+        raise RequestCancelledError("r")
+
+
+async def test_a_client_that_goes_leaves_no_error_that_nobody_reads() -> None:
+    class Patched(ProxyResponseGenerator):
+        pass
+
+    read_errors_of_left_tasks(Patched)
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["message"]))
+    for kind, expected in ((ProxyResponseGenerator, ["Task exception was never retrieved"]), (Patched, [])):
+        reported.clear()
+        waiting = asyncio.create_task(anext(kind(Answer())))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del waiting  # and with it the traceback that has the task
+        await asyncio.sleep(0.01)
+        gc.collect()
+        assert reported == expected

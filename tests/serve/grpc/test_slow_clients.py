@@ -63,6 +63,17 @@ async def test_who_does_not_read_is_left_and_the_source_cancelled() -> None:
     await server.stop(0)
 
 
+async def test_a_stream_that_grpc_leaves_while_a_message_is_sent_is_cancelled_and_not_only_closed() -> None:
+    """gRPC drops the generator of a call that is cancelled then."""
+    source = Source(num=100_000)
+    handler = abort_slow_clients(grpc.unary_stream_rpc_method_handler(source), 30.0)
+    messages = handler.unary_stream(b"", None)
+    assert await anext(messages) == PIECE
+    del messages
+    async with asyncio.timeout(60):
+        await source.cancelled.wait()
+
+
 async def test_who_reads_slowly_gets_all_of_it() -> None:
     source = Source(num=60)
     server, channel = await opened(source, 30.0)

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.http.app import create_app
 from serve.limits import Limits
 from tests.serve.http.conftest import ScriptedService
 
@@ -332,3 +333,30 @@ async def test_a_good_request_after_each_bad_one_is_answered(http: httpx.AsyncCl
     for _, wrong, _ in CASES[:20]:
         await http.post(CHAT, json=chat_body | wrong)
         assert (await http.post(CHAT, json=chat_body)).json()["choices"][0]["message"]["content"] == "Hello world"
+
+
+async def test_a_client_that_goes_while_its_request_is_read_is_no_error_of_ours(
+    service: ScriptedService, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages, sent = iter([{"type": "http.request", "body": b'{"mod', "more_body": True}, {"type": "http.disconnect"}]), list[Any]()
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "headers": headers,
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    with caplog.at_level("INFO"):
+        await create_app(lambda: service)(scope, receive, send)
+    assert sent == []
+    assert "the client left" in caplog.text
+    assert "internal error" not in caplog.text
