@@ -11,7 +11,7 @@ from model.attention.choose import choose_backend
 from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
-from parallel.native.library import Native, native
+from parallel.native.library import Native, built_path, native
 from tests.model.paged_attention import Paged, Work, heads, unturned
 
 CPU = torch.device("cpu")
@@ -106,6 +106,34 @@ def test_with_keys_and_values_in_bfloat16_they_agree_to_its_rounding(config: Att
         assert torch.equal(ours.nan_to_num(1e9), theirs.nan_to_num(1e9))
 
 
+@pytest.mark.parametrize("block_tokens", [8, 24, 32])
+def test_blocks_of_any_size_give_the_same_bits(block_tokens: int, library: Native) -> None:
+    """Tiles of keys are read in place only from blocks that have whole ones."""
+    if torch.bfloat16 not in library.prefill:
+        pytest.skip("this processor does not multiply bfloat16")
+    config, works = heads(14, 2, head_dim=64), [(0, 1), (0, 150)]
+    usual = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
+    wanted = usual.attend(NativeAttention(config, library))[0]
+    config = replace(config, block_tokens=block_tokens)
+    paged = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
+    paged.q, paged.k, paged.v = usual.q, usual.k, usual.v
+    assert wanted.isfinite().all()
+    assert torch.equal(paged.attend(NativeAttention(config, library))[0], wanted)
+
+
+@pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_tiles_agree_with_vectors(head_dim: int, works: list[Work], library: Native) -> None:
+    """The same numbers are rounded, but summed in another order."""
+    other = built_path("avx512_bf16")
+    if library.variant != "amx" or not other.exists():
+        pytest.skip("for a processor with tiles, where the variant avx512_bf16 is built as well")
+    config = heads(14, 2, head_dim=head_dim)
+    paged = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
+    tiles, vectors = (paged.attend(NativeAttention(config, each))[0] for each in (library, Native(other, "avx512_bf16")))
+    assert (tiles - vectors).norm() < 2.0**-9 * vectors.norm()
+
+
 def test_the_reference_is_the_formula() -> None:
     """Against torch's own attention on one unpaged sequence, with KV heads repeated."""
     config = HEADS["groups of seven"]
@@ -154,7 +182,7 @@ def test_a_decode_gives_the_same_bits_in_any_batch(library: Native, kv_dtype: to
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("start", [1, 63, 64, 100])
+@pytest.mark.parametrize("start", [1, 63, 64, 100, 128])
 def test_a_prompt_gives_the_same_bits_however_it_is_chunked(start: int, library: Native, kv_dtype: torch.dtype) -> None:
     config = HEADS["28/4 heads, rank 1 of 3"]
     paged = Paged(config, [(0, 150)], torch.float32, kv_dtype=kv_dtype)
@@ -166,8 +194,8 @@ def test_a_prompt_gives_the_same_bits_however_it_is_chunked(start: int, library:
     assert torch.equal(paged.attend(NativeAttention(config, library))[0], whole[start:])
 
 
-@pytest.mark.parametrize("position", [0, 15, 62, 63, 64, 149])
-@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("position", [0, 15, 62, 63, 64, 127, 128, 149])
+@pytest.mark.parametrize("config", [*HEADS.values(), heads(14, 2, head_dim=64), heads(4, 2, head_dim=128)], ids=str)
 def test_a_decoded_token_gives_the_same_bits_as_one_of_a_prompt(
     config: AttentionConfig, position: int, library: Native, kv_dtype: torch.dtype
 ) -> None:

@@ -13,6 +13,8 @@
 constexpr long CHUNK = 64;      // positions computed at a time, aligned to the sequence's start, so that tiling does not change a bit of the result
 constexpr long TILE_ROWS = 96;  // queries of all heads that share one KV head
 
+using Bf16 = uint16_t;
+
 // The query heads of one KV head; its keys and values are read once for all of them.
 struct Heads {
     long first, count, kv;
@@ -45,18 +47,29 @@ struct Part {
     long visible(long row, long start) const { return first + row / heads.count + 1 - start; }  // how many positions from `start` on a row attends to
 };
 
+// Prefetches positions `first` to `last` of a part into the L2 cache.
+template <class Number> static inline void prefetch(const Cache<Number>& cache, const Part& part, long first, long last) {
+    cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long offset) {
+        for (long k = 0; k < cache.K; k += 64 / sizeof(Number)) {
+            prefetch_l2(cache.keys + offset + k);
+            prefetch_l2(cache.values + offset + k);
+            asm volatile("");  // else the compiler removes the loop as having no effect
+        }
+    });
+}
+
 static inline Heads heads_of(const int64_t* heads, long g) { return {long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])}; }
 
 // Causal attention: tokens starts[s] .. starts[s + 1] of q (T, H, K) are the last of the lengths[s] positions of block table s (S, M).
 // heads: G triples (first, count, kv). Calls run(part) for every part.
 template <class Run>
 static inline void each_part(const float* q, const int32_t* tables, const int64_t* starts, const int64_t* lengths, const int64_t* heads, float* out,
-                             long S, long H, long G, long K, long M, int threads, Run run) {
+                             long S, long H, long G, long K, long M, int threads, Run run, long rows_per_part = TILE_ROWS) {
     std::vector<Part> parts;
     for (long s = 0; s < S; ++s)
         for (long g = 0; g < G; ++g) {
             const Heads mine = heads_of(heads, g);
-            const long step = std::max(1L, TILE_ROWS / mine.count), tokens = starts[s + 1] - starts[s];
+            const long step = std::max(1L, rows_per_part / mine.count), tokens = starts[s + 1] - starts[s];
             for (long done = 0; done < tokens; done += step) {
                 const long at = (starts[s] + done) * H * K;
                 parts.push_back({mine, q + at, tables + s * M, lengths[s] - tokens + done, std::min(step, tokens - done), H, out + at});

@@ -1,9 +1,9 @@
 // Paged attention with keys and values in bfloat16, for processors with bfloat16 dot products. Queries and softmax weights are rounded to bfloat16
 // as they enter a product; scores, softmax and sums are in float32.
 #include "attention.h"
+#include "attention_tiles.h"
 
 #if defined(__AVX512BF16__)
-using Bf16 = uint16_t;
 constexpr int WIDE = 4;         // accumulator registers per row: one chunk of scores, or 64 elements of a value
 constexpr int ROWS = 6;         // rows at a time: ROWS * WIDE accumulators leave enough registers for the operands
 constexpr float HIDDEN = -INFINITY;  // score of a masked position, as of one that overflowed: its weight is 0
@@ -128,17 +128,6 @@ struct Tile {
 
 }  // namespace
 
-// Prefetches positions `first` to `last` of a part into the L2 cache.
-static void prefetch(const Cache<Bf16>& cache, const Part& part, long first, long last) {
-    cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long offset) {
-        for (long k = 0; k < cache.K; k += 64 / sizeof(Bf16)) {
-            prefetch_l2(cache.keys + offset + k);
-            prefetch_l2(cache.values + offset + k);
-            asm volatile("");  // else the compiler removes the loop as having no effect
-        }
-    });
-}
-
 // While one chunk is computed, the next one is prefetched: of the same part, or the first of the next part. Prefetches are spread over the
 // computation: issued all at once, the last ones would stall, and demand loads with them.
 static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next) {
@@ -175,12 +164,23 @@ extern "C" {
 void manta_prefill_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* starts, const int64_t* lengths,
                         const int64_t* heads, float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<Bf16> cache{keys, values, block_tokens, G, K};
+#if defined(__AMX_TILE__)
+    if (fits_tiles(K))
+        return each_part(
+            q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend_by_tiles(cache, part, nullptr); },
+            ROWS_PER_PART);
+#endif
     each_part(q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part, nullptr); });
 }
 
 void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
                        float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<Bf16> cache{keys, values, block_tokens, G, K};
+#if defined(__AMX_TILE__)
+    if (fits_tiles(K))
+        return each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads,
+                           [&](const Part& part, const Part* next) { attend_by_tiles(cache, part, next); });
+#endif
     each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads,
                 [&](const Part& part, const Part* next) { attend(cache, part, next); });
 }
