@@ -11,7 +11,6 @@ import ctypes
 import logging
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -53,6 +52,8 @@ class Native:
 
     def __init__(self, path: Path, variant: str) -> None:
         self.variant = variant
+        if variant == "amx":
+            may_use_tiles()
         self._library = ctypes.CDLL(str(path))
         self.lanes: int = self._library.manta_lanes()
         self.kinds = (*KINDS, *DOT_KINDS.get(variant, ()))
@@ -187,8 +188,10 @@ def build(variant: str | None = None) -> Path:
     """
     *better, last = (variant,) if variant else usable_variants()
     for each in better:
-        with suppress(Unavailable):
+        try:
             return _compiled(each)
+        except Unavailable as reason:
+            logger.warning("the kernels for %s could not be built, a slower variant is: %s", each, reason)
     return _compiled(last)
 
 

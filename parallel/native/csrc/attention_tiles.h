@@ -273,7 +273,7 @@ static void attend_by_tiles(const Cache<Bf16>& cache, const Part& part, const Pa
     static thread_local TiledPart mine;
     TiledPart* tiled = &mine;
     asm volatile("" : "+r"(tiled));  // else the compiler looks up the thread-local again at every use
-    configure_tiles(TILE_SIDE);
+    configure_tiles(TILE_SIDE, TILE_BYTES);
     tiled->begin(part, cache.K);
     for (long start = 0; start < end; start += LONG_CHUNK) {
         const bool goes_on = start + LONG_CHUNK < end;

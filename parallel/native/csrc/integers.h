@@ -20,6 +20,7 @@ struct Scales {
     static constexpr int32_t OF_INT4 = 8;
     Floats scale;
 
+    Scales() = default;
     INLINED explicit Scales(const Stored* at) : scale(halves_to_floats(at)) {}
     static INLINE Ints begin(int32_t start) { return broadcast_int(start); }
     INLINE Floats whole(Ints sum, int32_t) const { return to_floats(sum); }
@@ -33,6 +34,7 @@ struct ScalesAndZeros {
     Floats scale;
     Ints zero;
 
+    ScalesAndZeros() = default;
     INLINED explicit ScalesAndZeros(const Stored* at) {
         const Ints word = load_ints(at);
         scale = half_ints_to_floats(word);
@@ -153,6 +155,32 @@ template <int R, int P> static INLINE void add_four(const StridedRows<R, int8_t>
     });
 }
 
+#if defined(__AMX_TILE__)
+constexpr int VECTOR_ROWS = 4, VECTOR_ROWS_INT4 = 8;  // up to so many rows vectors are as fast as tiles (measured); the integers are the same
+
+// sums (R rows of PANEL) = the products of rows x with a panel's inputs, `steps` times STEP of them.
+template <int R, int STEP> static INLINE void multiply_byte_panel(const int8_t* x, long x_stride, const uint8_t* w, int steps, int32_t* sums) {
+    constexpr bool HAS_SECOND = R > TILE_SIDE;
+    constexpr long SUMS_STRIDE = PANEL * sizeof(int32_t);
+    zero_tile<0>(), zero_tile<1>();
+    if constexpr (HAS_SECOND) zero_tile<2>(), zero_tile<3>();
+    for (int s = 0; s < steps; ++s, x += STEP, w += STEP * PANEL) {
+        load_tile<4>(x, x_stride);
+        load_tile<6>(w, 2 * TILE_BYTES);
+        multiply_byte_tiles<0, 4, 6>();
+        load_tile<7>(w + TILE_BYTES, 2 * TILE_BYTES);
+        multiply_byte_tiles<1, 4, 7>();
+        if constexpr (HAS_SECOND) {
+            load_tile<5>(x + TILE_SIDE * x_stride, x_stride);
+            multiply_byte_tiles<2, 5, 6>();
+            multiply_byte_tiles<3, 5, 7>();
+        }
+    }
+    store_tile<0>(sums, SUMS_STRIDE), store_tile<1>(sums + TILE_SIDE, SUMS_STRIDE);
+    if constexpr (HAS_SECOND) store_tile<2>(sums + TILE_SIDE * PANEL, SUMS_STRIDE), store_tile<3>(sums + TILE_SIDE * PANEL + TILE_SIDE, SUMS_STRIDE);
+}
+#endif
+
 struct Int8Dot {
     const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
     const uint16_t* scales;   // half precision, [panel][group][output]
@@ -162,11 +190,26 @@ struct Int8Dot {
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
+#if defined(__AMX_TILE__)
+    static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
+    static constexpr int tile_bytes(int rows) { return rows > VECTOR_ROWS ? TILE_BYTES : 0; }
+#else
     static constexpr int MAX_ROWS = MAX_TILE_ROWS, PART_ROWS = 8;  // with up to 8 rows the sums over groups stay in registers, too
+#endif
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
     template <int R, int P>
     void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+#if defined(__AMX_TILE__)
+        if constexpr (R > VECTOR_ROWS) multiply_tiles<R>(rows, panel, k0, k1, initial, sums, stride, ahead);
+        else
+#endif
+            multiply_vectors<R, P>(rows, panel, k0, k1, initial, sums, stride, ahead);
+    }
+
+private:
+    template <int R, int P>
+    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         StridedRows<R, int8_t> x(rows, k0);
         const auto products = [&](long g, Ints (&sum)[R][P][2]) INLINED {
             long k = g * ROW_GROUP;
@@ -189,7 +232,33 @@ struct Int8Dot {
             accumulate_groups<GroupScales, R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, initial, sums, stride, products);
     }
 
-private:
+#if defined(__AMX_TILE__)
+    // The same numbers by tiles.
+    template <int R>
+    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+        alignas(64) int32_t sum[R][PANEL];
+        alignas(64) float total[R][PANEL];
+        for (int r = 0; r < R; ++r) unrolled<2>([&](auto h) INLINED { store(total[r] + h * LANES, initial.load(r, 0, h)); });
+        for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
+            const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
+            if (ahead)
+                for (long line = 0; line < ROW_GROUP * PANEL; line += TILE_BYTES) prefetch_l2(w + ahead * PANEL + line);
+            multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[0]);
+            const uint16_t* at = scales + (panel * (K / ROW_GROUP) + g) * PANEL;
+            const Floats scale[2] = {halves_to_floats(at), halves_to_floats(at + LANES)};
+            for (int r = 0; r < R; ++r) {
+                const Ints start = broadcast_int(rows[r].starts[g]);
+                const Floats of_row = broadcast(rows[r].scales[g]);
+                unrolled<2>([&](auto h) INLINED {
+                    const Floats found = to_floats(add_ints(load_ints(sum[r] + h * LANES), start));
+                    store(total[r] + h * LANES, multiply_add(found, multiply(of_row, scale[h]), load(total[r] + h * LANES)));
+                });
+            }
+        }
+        for (int r = 0; r < R; ++r) memcpy(sums + r * stride, total[r], sizeof(total[r]));
+    }
+#endif
+
     // accumulate_groups with the sums over groups in registers.
     template <int R, int P, class Products>
     INLINE void accumulate_groups_in_registers(const Row* rows, long panel, long first, long last, InitialSums initial, float* sums, long stride,
@@ -225,13 +294,70 @@ template <class Scales, long GROUP> struct Int4DotOf {
     using Number = int8_t;
     using Row = QuantisedRow<Number>;  // with a scale for ROW_GROUP numbers
     static constexpr int32_t OFFSET = Scales::OF_INT4;
+#if defined(__AMX_TILE__)
+    static constexpr long STEP = std::min(GROUP, long(TILE_BYTES));
+    static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
+    static constexpr int tile_bytes(int rows) { return rows > VECTOR_ROWS_INT4 ? STEP : 0; }
+#else
     static constexpr int MAX_ROWS = 8, PART_ROWS = MAX_ROWS;  // each row needs two registers of integer sums and two of scaled sums
+#endif
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
     // Work per group matters most with many rows, so a group ends with a single multiply-add of its sum and its scale. The row's scale is applied
     // once per ROW_GROUP inputs.
     template <int R, int P>
     void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+#if defined(__AMX_TILE__)
+        if constexpr (R > VECTOR_ROWS_INT4) multiply_tiles<R>(rows, panel, k0, k1, initial, sums, stride, ahead);
+        else
+#endif
+            multiply_vectors<R, P>(rows, panel, k0, k1, initial, sums, stride, ahead);
+    }
+
+private:
+#if defined(__AMX_TILE__)
+    // The same numbers by tiles. Weights are unpacked to bytes once for all rows.
+    template <int R>
+    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+        constexpr long MOST = ROW_GROUP / GROUP;  // groups of weights per group of a row
+        alignas(64) uint8_t bytes[ROW_GROUP * PANEL];
+        alignas(64) int32_t sum[MOST][R][PANEL];
+        const Ints mask = broadcast_int(0x0f0f0f0f);
+        for (long k = k0; k < k1; k += ROW_GROUP) {
+            const long num_inputs = std::min(ROW_GROUP, k1 - k), num_groups = num_inputs / GROUP, g = k / GROUP;
+            const uint8_t* w = weights + (panel * K + k) * (PANEL / 2);
+            for (long at = 0; at < num_inputs * PANEL / 2; at += TILE_BYTES) {  // of 32 outputs, the lower halves, then the upper ones
+                const Ints words = load_ints(w + at);
+                if (ahead) prefetch_l2(w + at + ahead * PANEL / 2);
+                uint8_t* to = bytes + at / (2 * TILE_BYTES) * (4 * TILE_BYTES) + at % (2 * TILE_BYTES);
+                store((float*)to, as_floats(bit_and(words, mask)));
+                store((float*)(to + 2 * TILE_BYTES), as_floats(bit_and(shift_right<4>(words), mask)));
+            }
+            for (long i = 0; i < num_groups; ++i)
+                multiply_byte_panel<R, STEP>(rows[0].x + k + i * GROUP, rows[1].x - rows[0].x, bytes + i * GROUP * PANEL, GROUP / STEP, sum[i][0]);
+            unrolled<2>([&](auto h) INLINED {
+                Scales held[MOST];
+                for (long i = 0; i < num_groups; ++i) held[i] = Scales(scales + (panel * (K / GROUP) + g + i) * PANEL + h * LANES);
+                const auto scale_row = [&](int r, auto all) INLINED {
+                    Floats total;
+                    unrolled<MOST>([&](auto i) INLINED {
+                        if (!all && i >= num_groups) return;
+                        const int32_t start = rows[r].starts[g + i];
+                        const Floats found = held[i].whole(add_ints(load_ints(sum[i][r] + h * LANES), Scales::begin(start)), start);
+                        total = i ? multiply_add(found, held[i].scale, total) : multiply(found, held[i].scale);
+                    });
+                    store(sums + r * stride + h * LANES, multiply_add(total, broadcast(rows[r].scales[k / ROW_GROUP]), initial.load(r, 0, h)));
+                };
+                if (num_groups == MOST) for (int r = 0; r < R; ++r) scale_row(r, std::true_type());
+                else for (int r = 0; r < R; ++r) scale_row(r, std::false_type());
+            });
+            initial = {sums, stride};
+        }
+    }
+#endif
+
+    template <int R, int P>
+    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
         const Ints mask = broadcast_int(0x0f0f0f0f);
         StridedRows<R, int8_t> x(rows, k0);
         Floats total[R][P][2];

@@ -50,6 +50,7 @@ alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that
 //   of a row at a time.
 // - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`. It may prefetch what lies
 //   `ahead` input features (counted through adjacent panels) behind what it reads.
+// - `tile_bytes`, of kinds that use tiles: the bytes of inputs that products of so many rows take at a time; 0: these rows are multiplied by vectors.
 // - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
 //   the next panel is prefetched; with more parts, each part is multiplied with all panels.
 
@@ -182,7 +183,7 @@ struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
     long K;                   // even: padded with a zero
     using Row = Bf16Row;
-    static constexpr bool USES_TILES = true;
+    static constexpr int tile_bytes(int) { return TILE_BYTES; }
     static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
     static constexpr long PANEL_MAJOR_PARTS = 3;
     static constexpr long STEP = 32;  // inputs of a product of tiles
@@ -308,12 +309,12 @@ template <class W, class = void> struct TilesFor {
     void configure(int) {}
 };
 #if defined(__AMX_TILE__)
-template <class W> class TilesFor<W, std::enable_if_t<W::USES_TILES>> {
+template <class W> class TilesFor<W, std::void_t<decltype(W::tile_bytes(1))>> {
     int rows = 0;
 
 public:
     void configure(int wanted) {
-        if (wanted != rows) configure_tiles(rows = wanted);
+        if (wanted != rows && W::tile_bytes(wanted)) configure_tiles(rows = wanted, W::tile_bytes(wanted));
     }
     ~TilesFor() {
         if (rows) release_tiles();

@@ -24,16 +24,19 @@ template <int C, int A, int B> static INLINE void multiply_byte_tiles() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// Configures the tiles of this thread for up to 32 rows: A and C have these rows, B has all of its 16. The content of tiles is lost.
-static inline void configure_tiles(int rows) {
+// Configures the tiles of this thread for up to 32 rows and so many bytes of inputs at a time. The content of tiles is lost.
+static inline void configure_tiles(int rows, int bytes) {
     struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
     } shape;
-    const uint8_t upper = rows < TILE_SIDE ? rows : TILE_SIDE, lower = rows < TILE_SIDE ? rows : rows == TILE_SIDE ? TILE_SIDE : rows - TILE_SIDE;
-    const uint8_t of_tile[8] = {upper, upper, lower, lower, upper, lower, TILE_SIDE, TILE_SIDE};
-    for (int t = 0; t < 8; ++t) shape.rows[t] = of_tile[t], shape.row_bytes[t] = TILE_BYTES;
+    const uint8_t upper = rows < TILE_SIDE ? rows : TILE_SIDE, lower = rows > TILE_SIDE ? rows - TILE_SIDE : upper;
+    const uint8_t of_tile[8] = {upper, upper, lower, lower, upper, lower, uint8_t(bytes / 4), uint8_t(bytes / 4)};
+    for (int t = 0; t < 8; ++t) {
+        shape.rows[t] = of_tile[t];
+        shape.row_bytes[t] = t == 4 || t == 5 ? bytes : TILE_BYTES;
+    }
     asm volatile("ldtilecfg %0" ::"m"(shape));
 }
 

@@ -17,16 +17,24 @@ def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytes
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     vnni = avx512 | {"avx512_vnni"}
     cases = ((avx2, "avx2"), (avx512, "avx512"), (vnni, "avx512_vnni"), (vnni | {"avx512_bf16"}, "avx512_bf16"))
+    monkeypatch.setattr(library, "may_use_tiles", lambda: True)
     for has, wanted in cases:
         monkeypatch.setattr(library, "_capabilities", lambda has=has: has)
         assert library.usable_variants()[0] == wanted
         assert set(library.usable_variants()) <= library.VARIANTS.keys()
+    tiles = vnni | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}
+    monkeypatch.setattr(library, "_capabilities", lambda: tiles)
+    assert library.usable_variants()[:2] == ("amx", "avx512_bf16")
+    monkeypatch.setattr(library, "may_use_tiles", lambda: False)
+    assert library.usable_variants()[0] == "avx512_bf16"
     monkeypatch.setattr(library, "_capabilities", set)
     with pytest.raises(Unavailable, match="x86-64 with AVX2"):
         library.usable_variants()
 
 
-def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And says so: nobody would notice otherwise that everything is several times slower."""
+
     def old_compiler(output: Path, command: Callable[[str, Path], list[str]]) -> Path:
         if "-mavx512bf16" in command("cc", output):
             raise Unavailable("unrecognized command-line option")
@@ -37,6 +45,7 @@ def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(library, "built_path", lambda variant: tmp_path / variant)
     monkeypatch.setattr(library, "compile_to", old_compiler)
     assert library.build() == tmp_path / "avx512_vnni"
+    assert "avx512_bf16 could not be built" in caplog.text
     with pytest.raises(Unavailable, match="unrecognized"):
         library.build("avx512_bf16")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.arena import Arena
 from parallel.native import linear
-from parallel.native.library import Native, native
+from parallel.native.library import Native, built_path, native
 from parallel.native.linear import (
     Kind,
     Packed,
@@ -187,6 +187,20 @@ def test_a_row_is_bit_identical_in_any_batch(library: Native, kind: Kind) -> Non
     whole = multiply(library, x, packed, None)
     for start, stop in [*((7, 7 + count) for count in range(1, 34)), (100, 197)]:  # each of them is cut otherwise
         assert torch.equal(multiply(library, x[start:stop], packed, None), whole[start:stop])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["bf16_dot", "int8_dot", "int4_dot", "int4_zeros_dot"])
+def test_amx_tiles_agree_with_vectors(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
+    """Bit for bit, but for bfloat16, of which they add up the products in another order."""
+    other = built_path("avx512_bf16")
+    if library.variant != "amx" or not other.exists():
+        pytest.skip("for a processor with tiles, where the variant avx512_bf16 is built as well")
+    packed, bias = pack(kind, random(*shape), library.lanes), random(shape[0], seed=2)
+    for num_rows in (1, 5, 9, 16, 17, 32, 33, 100):
+        x = random(num_rows, shape[1], seed=1)
+        tiles, vectors = (multiply(each, x, packed, bias) for each in (library, Native(other, "avx512_bf16")))
+        assert torch.equal(tiles, vectors) if kind != "bf16_dot" else (tiles - vectors).norm() < 1e-5 * vectors.norm()
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 6, 8, 12, 33, 200])
