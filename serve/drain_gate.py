@@ -26,6 +26,7 @@ class DrainGate(ServiceWrapper):
     def __init__(self, inner: ServiceApi) -> None:
         super().__init__(inner)
         self.draining = False
+        self._stopping = False
         self._open: set[_OpenRequest] = set()
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -40,17 +41,21 @@ class DrainGate(ServiceWrapper):
         self.draining = True
 
     def reopen(self) -> None:
-        self.draining = False
+        """Accept requests again, unless the server is being stopped (`end_requests`)."""
+        self.draining = self._stopping
 
     async def end_requests(self, grace_s: float) -> None:
-        """Refuse new requests, let the open ones run for at most ``grace_s``, then end the rest with `ServerStopped`.
+        """Refuse new requests for good, let the open ones run for at most ``grace_s``, then end the rest with `ServerStopped`.
 
-        Returns when none is open. May be called again meanwhile, to shorten the grace.
+        Returns when none is open. To shorten the grace, call it again meanwhile, or cancel it.
         """
+        self._stopping = True
         self.drain()
-        await self._wait_until_none_is_open(grace_s)
-        for request in tuple(self._open):
-            request.end()
+        try:
+            await self._wait_until_none_is_open(grace_s)
+        finally:
+            for request in tuple(self._open):
+                request.end()
         await self._wait_until_none_is_open(UNREAD_S)
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
@@ -83,6 +88,7 @@ class DrainGate(ServiceWrapper):
         with self._count_open() as open_request:
             async with aclosing(answer(request)) as events:
                 while (event := await open_request.result_of(lambda: anext(events, None))) is not None:
+                    open_request.is_complete = event.usage is not None
                     yield event
 
     @contextmanager
@@ -116,10 +122,12 @@ class _OpenRequest:
         self._waiting: asyncio.Task[Any] | None = None
         """What waits for the request's next event; every event may have another task."""
         self._is_ended = False
+        self.is_complete = False
+        """Whether the last event has passed: only the end of the stream is missing, so there is nothing to end with an error."""
 
     def end(self) -> None:
-        """Make `result_of` raise: at once where it waits, else when it is called next."""
-        if self._is_ended:
+        """Make `result_of` raise: at once where it waits, else when it is called next. Not if the answer is complete."""
+        if self._is_ended or self.is_complete:
             return
         self._is_ended = True
         if self._waiting is not None:

@@ -12,7 +12,7 @@ from manta_client import AsyncClient, Unavailable
 from serve.drain_gate import DrainGate
 from serve.errors import ServerStopped
 from serve.grpc.generated import service_pb2, service_pb2_grpc
-from serve.request import ChatRequest, TextEvent
+from serve.request import ChatRequest, TextEvent, Usage
 from tests.serve.in_process import MODEL, Fronts
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -24,6 +24,7 @@ CHATS = "/v1/chat/completions"
 @pytest.fixture(autouse=True)
 async def reopened(both: Fronts) -> AsyncIterator[None]:
     yield
+    both.gate._stopping = False
     both.gate.reopen()
 
 
@@ -115,6 +116,20 @@ async def test_the_grace_can_be_cut_short(both: Fronts) -> None:
         await ending
 
 
+async def test_the_grace_ends_where_its_call_is_cancelled_and_the_gate_stays_closed(both: Fronts) -> None:
+    """What a second Ctrl-C does on a cluster, where the fronts take no further calls (`serve.stop_requests`)."""
+    async with AsyncClient(both.grpc, max_retries=0) as client:
+        stream = client.chat.stream(**LONG)
+        await anext(stream)
+        ending = asyncio.create_task(both.gate.end_requests(1e9))
+        await asyncio.sleep(0)
+        ending.cancel()
+        with pytest.raises(Unavailable, match="was stopped"):
+            await stream.final()
+        both.gate.reopen()
+        assert both.gate.draining
+
+
 class Endless:
     """A service whose stream has an event, and then waits for ever."""
 
@@ -156,3 +171,17 @@ async def test_a_client_that_goes_at_the_same_moment_is_not_told_of_an_error() -
         await reading
     await ending
     assert inner.closed
+
+
+async def test_an_answer_whose_last_event_has_passed_is_not_ended_with_an_error() -> None:
+    class Finished:
+        async def chat(self, request: ChatRequest) -> AsyncIterator[TextEvent]:
+            yield TextEvent(choice=0, usage=Usage(prompt_tokens=1, completion_tokens=1))
+
+    gate = DrainGate(Finished())  # type: ignore[arg-type]
+    events = gate.chat(ChatRequest(request_id="r", model=MODEL, messages=()))
+    await anext(events)
+    ending = asyncio.create_task(gate.end_requests(0.0))
+    await asyncio.sleep(0.1)
+    assert [event async for event in events] == []
+    await ending
