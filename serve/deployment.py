@@ -67,6 +67,8 @@ DEMAND_EVERY_S = 0.5
 HEALTH_CHECK_PERIOD_S = 1.0
 """Health check period of fronts and replicas: a dead one is noticed, and replaced, after at most this long. (Proxies are not deployments;
 a dead proxy is replaced after three checks: `serve.proxy_hook.PROXY_CHECK_PERIOD_S`.)"""
+FRONT_MARGIN_S = 5.0
+"""Time for a front, after the time for running requests, to end the rest with an error."""
 SHUTDOWN_MARGIN_S = 10.0
 """Time after draining for the ranks to end and free their memory."""
 
@@ -240,7 +242,7 @@ class _Front:
             for router in self._routers:
                 await router.close()
 
-    # `serve.stop_requests` calls these before the application is removed.
+    # `serve.stop_requests` calls these when the application is removed.
 
     async def drain(self) -> int:
         """Refuse new requests. Returns how many are open."""
@@ -331,7 +333,7 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
         max_ongoing_requests=MAX_CALLS_PER_FRONT,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models),
+        graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models) + FRONT_MARGIN_S,
         max_constructor_retry_count=2,
         max_surge_percent=100,  # fronts are cheap, and a new front that fails to start must not have replaced a working one
         logging_config=_logging(config),

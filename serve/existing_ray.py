@@ -25,7 +25,7 @@ from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 from serve.ray_address import address_of
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
-from serve.stop_requests import stop_requests
+from serve.stop_requests import requests_ending
 from serve.stop_signals import StopSignals
 
 UNSENT = [".git", ".venv", "tests", "docs", "k8s", "benchmarks", "**/node_modules", "**/__pycache__"]
@@ -97,15 +97,16 @@ def remove(app: str, *, grace_s: float | None, hurry: threading.Event | None = N
 
     Its requests may run for ``grace_s``, or until ``hurry`` is set (None: its fronts are not asked, as none may run).
 
-    Ray Serve gets the order first and is waited for afterwards, so that it does not restart what dies meanwhile.
+    Ray Serve gets the order before anything is waited for. So it does not restart what dies meanwhile, and the application ends even if
+    this process is killed.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     if client is None or app not in ray_serve.status().applications:
         return False
-    if grace_s is not None:
-        stop_requests(app, grace_s=grace_s, hurry=hurry or threading.Event())
-    client.delete_apps([app], blocking=False)
+    asked = contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=hurry or threading.Event())
+    with asked:
+        client.delete_apps([app], blocking=False)
     deadline = time.monotonic() + (grace_s or 0.0) + DELETE_MARGIN_S
     while app in (left := ray_serve.status().applications) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -34,7 +34,7 @@ from serve.grpc.tls import TlsFiles
 from serve.local_servers import registered
 from serve.ports import PortInUse, check_ports
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
-from serve.stop_requests import stop_requests
+from serve.stop_requests import requests_ending
 from serve.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"  # Ray 2.60 uses the host's address instead; docs/keys.md describes the consequences
@@ -73,6 +73,10 @@ class LocalServer:
         """The replicas' own reports."""
         return current_records(APP)
 
+    def ended_process(self) -> psutil.Process | None:
+        """One of Ray's own processes that has ended; None while all run."""
+        return next((one for one in self.ray_processes if not one.is_running() or one.status() == psutil.STATUS_ZOMBIE), None)
+
     def wait(self) -> None:
         """Wait for SIGINT or SIGTERM. Meanwhile log changes of replicas.
 
@@ -81,9 +85,8 @@ class LocalServer:
         """
         changes = ReplicaChangeLog()
         while not self.stopped.wait(1.0):
-            for process in self.ray_processes:
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    raise StartError(f"a process of Ray (pid {process.pid}) has ended")
+            if (ended := self.ended_process()) is not None:
+                raise StartError(f"a process of Ray (pid {ended.pid}) has ended")
             changes.update(current_records(APP), refusals(APP))
 
 
@@ -130,8 +133,12 @@ def run_local(
             _await_answer(config)
             stop.starting = False
             on_progress("ready", 1.0)
-            yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
-            stop_requests(APP, grace_s=grace_s, hurry=stop.repeated)  # not after an error: Ray itself may be gone
+            server = LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
+            yield server
+            with requests_ending(  # not after an error: Ray itself may be gone
+                APP, grace_s=grace_s, hurry=stop.repeated, is_alive=lambda: server.ended_process() is None
+            ):
+                pass
         except KeyboardInterrupt:
             on_progress("ending what was started", 1.0)
             raise

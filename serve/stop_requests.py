@@ -5,6 +5,9 @@ Without this Ray Serve kills its proxies while streams pass through them, and cl
 
 import logging
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray.serve as ray_serve
@@ -14,54 +17,83 @@ from serve.deployment import FRONTS
 
 CALL_S = 5.0
 """How long fronts that do not answer are waited for."""
-LAST_EVENTS_S = 0.5
+DRAIN_AGAIN_S = 2.0
+"""How often fronts that may have started meanwhile are told to refuse requests."""
+LAST_EVENTS_S, LONGEST_LAST_EVENTS_S = 0.5, 5.0
 """How long the last events are given to pass Ray and the proxy, once every front has sent its own."""
+EVENTS_PER_S = 200.0
+"""How many of the last events pass a second, by a cautious guess."""
 
 logger = logging.getLogger(__name__)
 
 
-def stop_requests(app: str, *, grace_s: float, hurry: threading.Event) -> None:
-    """Let the requests of all fronts of an application run for at most ``grace_s`` more, or until ``hurry`` is set; then end the rest.
+@contextmanager
+def requests_ending(
+    app: str, *, grace_s: float, hurry: threading.Event, is_alive: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """On entry, the fronts of an application are told to refuse new requests, and to let the running ones go on for at most ``grace_s``,
+    or until ``hurry`` is set; then they end the rest. On exit, this is waited for, while ``is_alive`` says that Ray is there.
 
-    What fails here is only logged: the application is removed in any case.
+    The fronts need nothing else from here, so the application may be deleted meanwhile; it goes on even if this process is killed. What
+    fails is only logged: the application is removed in any case.
     """
-    done = threading.Event()
+    told, ended = threading.Event(), threading.Event()
 
     def run() -> None:
         try:
-            _stop(ray_serve.get_deployment_handle(FRONTS, app), grace_s, hurry)
+            _end_requests(ray_serve.get_deployment_handle(FRONTS, app), grace_s, hurry, told)
         except Exception as error:  # such as: no front runs, or Ray itself has gone
             logger.debug("the fronts could not be told to end their requests: %s", error)
         finally:
-            done.set()
+            told.set()
+            ended.set()
 
     threading.Thread(target=run, name="stop-requests", daemon=True).start()  # a thread, because calls hang if the GCS is gone
-    done.wait(grace_s + 3 * CALL_S)
+    _wait(told, 3 * CALL_S, is_alive)
+    yield
+    _wait(ended, grace_s + 3 * CALL_S, is_alive)
 
 
-def _stop(fronts: "DeploymentHandle[Any]", grace_s: float, hurry: threading.Event) -> None:
+def _wait(event: threading.Event, limit_s: float, is_alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + limit_s
+    while not event.wait(0.2) and is_alive() and time.monotonic() < deadline:
+        pass
+
+
+def _end_requests(fronts: "DeploymentHandle[Any]", grace_s: float, hurry: threading.Event, told: threading.Event) -> None:
     answers = fronts.broadcast("drain").results(timeout_s=CALL_S, return_exceptions=True)
     num_open = sum(each for each in answers if isinstance(each, int))
-    if not num_open:
-        return
-    if not hurry.is_set():
+    if num_open and not hurry.is_set():
         logger.warning(
             "%d %s still running and may finish within %g s; a second Ctrl-C ends %s at once",
             num_open,
             *(("request is", grace_s, "it") if num_open == 1 else ("requests are", grace_s, "them")),
         )
+    response = fronts.broadcast("end_requests", grace_s)
+    calls = response._fetch_replica_results_sync(CALL_S)  # sent now, and can be cancelled
+    told.set()
     ended = threading.Event()
 
-    def end(grace_s: float) -> None:
-        try:
-            fronts.broadcast("end_requests", grace_s).results(timeout_s=grace_s + CALL_S, return_exceptions=True)
-        except Exception as error:
-            logger.debug("a front did not end its requests: %s", error)
+    def await_end() -> None:
+        with suppress(Exception):
+            response.results(timeout_s=grace_s + CALL_S, return_exceptions=True)
         ended.set()
 
-    threading.Thread(target=end, args=(grace_s,), name="end-requests", daemon=True).start()
-    while not ended.wait(0.1):
-        if hurry.is_set():
-            end(0.0)
-            break
-    threading.Event().wait(LAST_EVENTS_S)
+    threading.Thread(target=await_end, name="end-requests", daemon=True).start()
+    drained = time.monotonic()
+    while not ended.wait(0.1) and not hurry.is_set():
+        if time.monotonic() > drained + DRAIN_AGAIN_S:
+            _tell(fronts, "drain", timeout_s=1.0)
+            drained = time.monotonic()
+    for call in calls:  # fronts of an application that is being deleted take no further calls
+        with suppress(Exception):
+            call.cancel()
+    _tell(fronts, "end_requests", 0.0, timeout_s=CALL_S)  # also to those that have started meanwhile
+    threading.Event().wait(min(LAST_EVENTS_S + num_open / EVENTS_PER_S, LONGEST_LAST_EVENTS_S))
+
+
+def _tell(fronts: "DeploymentHandle[Any]", method: str, *given: Any, timeout_s: float) -> None:
+    try:
+        fronts.broadcast(method, *given).results(timeout_s=timeout_s, return_exceptions=True)
+    except Exception as error:
+        logger.debug("not every front was told to %s: %s", method, error)

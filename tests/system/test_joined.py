@@ -2,8 +2,12 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -96,6 +100,39 @@ def test_up_status_up_again_and_down(demo_folder: Path) -> None:
         eventually(lambda: not any("EngineDeployment" in process.name() for process in head.descendants), 60)
 
 
+def test_streams_of_a_removed_application_end_in_order_even_if_its_removal_is_killed(demo_folder: Path) -> None:
+    http, grpc = free_ports(2)
+    given = settings(f"http.port={http}", f"grpc.port={grpc}", "model.name=demo")
+
+    def stream(max_tokens: int) -> list[str]:
+        body = {"model": "demo", "prompt": "Once", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"http://127.0.0.1:{http}/v1/completions", json=body, timeout=120) as answer:
+            return [line.removeprefix("data: ") for line in answer.iter_lines() if line]  # raises where the connection breaks
+
+    def removal() -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen([*MANTA, "down"], env=dict(head.environment), cwd=ROOT)
+        eventually(lambda: not ready(http), 60)
+        return process
+
+    def is_removed() -> bool:
+        return head.run(*MANTA, "status", "--json", check=False).returncode != 0 or not ready(http)
+
+    with ray_head(num_cpus=6, dashboard=False) as head, ThreadPoolExecutor(2) as clients:
+        for grace_s, number in ((15, signal.SIGKILL), (300, signal.SIGINT)):
+            head.run(*MANTA, "up", str(demo_folder), *given, *settings(f"replica.drain_timeout_s={grace_s}"), timeout_s=400)
+            assert stream(5)[-1] == "[DONE]"
+            long, short = clients.submit(stream, 7000), clients.submit(stream, 200)
+            eventually(lambda: _num_in_progress(http) == 2, 30)
+            process = removal()
+            time.sleep(2)
+            assert not long.done()
+            process.send_signal(number)
+            assert json.loads(long.result(60)[-1])["error"]["code"] == "draining"
+            assert short.done()
+            eventually(lambda: not any("FrontDeployment" in " ".join(each.cmdline()) for each in head.descendants), 60)
+            process.wait(60)
+
+
 def test_a_cluster_does_not_let_in_who_has_another_token(bare_head: RayHost, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0" * 64)
     (tmp_path / "token").chmod(0o600)
@@ -106,3 +143,8 @@ def test_a_cluster_does_not_let_in_who_has_another_token(bare_head: RayHost, tmp
     assert refused.returncode == 1
     assert f"the Ray cluster at {bare_head.address} could not be joined" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def _num_in_progress(port: int) -> int:
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("manta_requests_in_progress")))
