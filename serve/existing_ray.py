@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from ray.serve.context import _get_global_client
 from cluster.directory import ReplicaRecord, current_records, end_directory, refusals
 from cluster.ray_cluster import CannotJoin, join_ray_cluster
 from serve.config import ServeConfig
-from serve.deployment import ServedModel
+from serve.deployment import FRONT_MARGIN_S, FRONTS, ServedModel
 from serve.exposure import EVERY_ADDRESS, is_loopback
 from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
@@ -79,23 +78,23 @@ def run_on_existing_ray(
         on_progress("starting Ray Serve", 0.05)
         with as_start_error("starting Ray Serve"):
             start_proxies(config, ProxyLocation.EveryNode)
-        grace_s = None
+        has_started = False
         try:
             deploy(models, config, app=app, on_progress=on_progress)
-            grace_s = max(model.config.replica.drain_timeout_s for model in models)
-            stop.starting = False
+            stop.starting, has_started = False, True
             on_progress("ready", 1.0)
             yield ExistingRayServer(app=app, config=_with_real_ports(config), stop=stop)
         finally:
             stop.starting = False
             if not keep:
-                remove(app, grace_s=grace_s, hurry=stop.repeated)
+                remove(app, stop=stop, has_requests=has_started)
 
 
-def remove(app: str, *, grace_s: float | None, hurry: threading.Event | None = None) -> bool:
+def remove(app: str, *, stop: StopSignals | None = None, has_requests: bool = True) -> bool:
     """Remove an application, and shut Ray Serve down if it was the last one. Returns False if there is none of this name.
 
-    Its requests may run for ``grace_s``, or until ``hurry`` is set (None: its fronts are not asked, as none may run).
+    Its requests (if it ``has_requests``) may run for the time with which it was deployed, or until `StopSignals.repeated`. Before and
+    after this time, a signal interrupts this function, unless ``stop`` is installed already. For the main thread only.
 
     Ray Serve gets the order before anything is waited for. So it does not restart what dies meanwhile, and the application ends even if
     this process is killed.
@@ -104,16 +103,25 @@ def remove(app: str, *, grace_s: float | None, hurry: threading.Event | None = N
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     if client is None or app not in ray_serve.status().applications:
         return False
-    asked = contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=hurry or threading.Event())
-    with asked:
+    grace_s = _grace_s(client, app) if has_requests else None
+    stop = stop or StopSignals()
+    stop.install()
+    with contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=stop.repeated):
         client.delete_apps([app], blocking=False)
-    deadline = time.monotonic() + (grace_s or 0.0) + DELETE_MARGIN_S
+    stop.restore()
+    deadline = time.monotonic() + (0.0 if stop.repeated.is_set() else grace_s or 0.0) + DELETE_MARGIN_S
     while app in (left := ray_serve.status().applications) and time.monotonic() < deadline:
         time.sleep(0.2)
     end_directory(app)
     if not left:
         ray_serve.shutdown()
     return True
+
+
+def _grace_s(client: Any, app: str) -> float | None:
+    """How long the requests of a deployed application may go on, by its fronts' deployment; None if it has none."""
+    fronts = client.get_serve_details()["applications"].get(app, {}).get("deployments", {}).get(FRONTS)
+    return None if fronts is None else max(0.0, float(fronts["deployment_config"]["graceful_shutdown_timeout_s"]) - FRONT_MARGIN_S)
 
 
 def _runtime_env(config: ServeConfig) -> dict[str, Any]:

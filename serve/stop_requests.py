@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def requests_ending(
-    app: str, *, grace_s: float, hurry: threading.Event, is_alive: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
+def requests_ending(app: str, *, grace_s: float, hurry: threading.Event, is_alive: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """On entry, the fronts of an application are told to refuse new requests, and to let the running ones go on for at most ``grace_s``,
     or until ``hurry`` is set; then they end the rest. On exit, this is waited for, while ``is_alive`` says that Ray is there.
 
@@ -51,7 +49,8 @@ def requests_ending(
     threading.Thread(target=run, name="stop-requests", daemon=True).start()  # a thread, because calls hang if the GCS is gone
     _wait(told, 3 * CALL_S, is_alive)
     yield
-    _wait(ended, grace_s + 3 * CALL_S, is_alive)
+    _wait(ended, grace_s, lambda: is_alive() and not hurry.is_set())
+    _wait(ended, 3 * CALL_S, is_alive)
 
 
 def _wait(event: threading.Event, limit_s: float, is_alive: Callable[[], bool]) -> None:
@@ -65,7 +64,7 @@ def _end_requests(fronts: "DeploymentHandle[Any]", grace_s: float, hurry: thread
     num_open = sum(each for each in answers if isinstance(each, int))
     if num_open and not hurry.is_set():
         logger.warning(
-            "%d %s still running and may finish within %g s; a second Ctrl-C ends %s at once",
+            "%d %s still running and may finish within %g s; Ctrl-C ends %s at once",
             num_open,
             *(("request is", grace_s, "it") if num_open == 1 else ("requests are", grace_s, "them")),
         )

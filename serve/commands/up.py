@@ -45,17 +45,18 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
 
 @with_flags(RAY_ADDRESS, APP)
 def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
-    """Remove what `manta up` deployed. Running requests get `replica.drain_timeout_s` to finish; Ctrl-C ends them at once."""
+    """Remove what `manta up` deployed. Running requests get the deployed `replica.drain_timeout_s` to finish; Ctrl-C ends them at once."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
     from cluster.ray_cluster import CannotJoin, join_ray_cluster
     from serve.existing_ray import remove
     from serve.stop_signals import StopSignals
 
-    signals = StopSignals()
-    signals.starting = False
+    stop = StopSignals()
+    stop.starting = False
+    stop.stopped.set()  # the command itself stops the application: Ctrl-C is a repetition
     try:
-        with join_ray_cluster(str(config.ray.address), namespace=config.ray.namespace), signals.handled():
-            removed = remove(config.ray.app, grace_s=config.replica.drain_timeout_s, hurry=signals.stopped)
+        with join_ray_cluster(str(config.ray.address), namespace=config.ray.namespace):
+            removed = remove(config.ray.app, stop=stop)
     except CannotJoin as error:
         exit_with_error(str(error))
     if not removed:

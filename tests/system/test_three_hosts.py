@@ -85,7 +85,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
                 cluster.wait_for_nodes(300)
             ray.init(address=cluster.address, namespace="manta", log_to_driver=False, _node_ip_address=ADDRESSES[0])
             yield Hosts(f"http://127.0.0.1:{http}", cluster.address, settings)
-            remove("manta", grace_s=30)
+            remove("manta")
         finally:
             ray.shutdown()
             cluster.shutdown()
