@@ -36,7 +36,7 @@ BYTES: dict[Kind, float] = {
 ANY_LANES = 8
 """Lanes used where no kernel reads the panels."""
 FEW_ROWS = 12
-"""Rows that a kernel computes at a time. With more rows, a fused gated MLP is faster: its intermediate results stay in cache."""
+"""Rows that vectors compute at a time. With more rows, a fused gated MLP is faster: its intermediate results stay in cache."""
 
 
 @dataclass(frozen=True)

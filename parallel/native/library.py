@@ -52,8 +52,8 @@ class Native:
 
     def __init__(self, path: Path, variant: str) -> None:
         self.variant = variant
-        if variant == "amx":
-            may_use_tiles()
+        if variant == "amx" and not may_use_tiles():
+            raise Unavailable("Linux refuses AMX tiles to this process")
         self._library = ctypes.CDLL(str(path))
         self.lanes: int = self._library.manta_lanes()
         self.kinds = (*KINDS, *DOT_KINDS.get(variant, ()))
@@ -108,6 +108,8 @@ def native() -> Native | None:
         variant = next((one for one in usable_variants() if built_path(one).exists()), None)
         if variant is None:
             raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
+        if variant != (best := usable_variants()[0]):
+            logger.warning("using the CPU kernels for %s, as those for %s are not built; %s", variant, best, HOW_TO_BUILD)
         path = built_path(variant)
         with in_use(path):
             library = Native(path, variant)

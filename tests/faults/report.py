@@ -52,9 +52,9 @@ repeated; such runs are not in the table, nor are nine of the first, for which i
 
 **Log-probabilities:** with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN does not multiply it, int8
 or int4), a token gives the same bits whether it was decoded or recomputed as part of a prompt, alone or in any batch, so those of a resumed
-stream are equal; `tests/model/test_same_bits.py` checks this for dense and mixture-of-experts models. Elsewhere (no compiler, GPUs) the
-order of sums depends on the number of tokens in a step; the same random model then differed by up to 9e-5 on this machine, with logits
-that span 20.
+stream are equal if both hosts use the same variant of the kernels (AMX, AVX-512 or AVX2); `tests/model/test_same_bits.py` checks this for
+dense and mixture-of-experts models. Elsewhere (no compiler, GPUs) the order of sums depends on the number of tokens in a step; the same
+random model then differed by up to 9e-5 on this machine, with logits that span 20.
 """
 
 MANY = 8

@@ -11,7 +11,8 @@ from model.attention.choose import choose_backend
 from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
-from parallel.native.library import Native, built_path, native
+from parallel.native.library import Native, native
+from tests.kernels_without_tiles import kernels_without_tiles
 from tests.model.paged_attention import Paged, Work, heads, unturned
 
 CPU = torch.device("cpu")
@@ -125,12 +126,10 @@ def test_blocks_of_any_size_give_the_same_bits(block_tokens: int, library: Nativ
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_tiles_agree_with_vectors(head_dim: int, works: list[Work], library: Native) -> None:
     """The same numbers are rounded, but summed in another order."""
-    other = built_path("avx512_bf16")
-    if library.variant != "amx" or not other.exists():
-        pytest.skip("for a processor with tiles, where the variant avx512_bf16 is built as well")
+    other = kernels_without_tiles()
     config = heads(14, 2, head_dim=head_dim)
     paged = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
-    tiles, vectors = (paged.attend(NativeAttention(config, each))[0] for each in (library, Native(other, "avx512_bf16")))
+    tiles, vectors = (paged.attend(NativeAttention(config, each))[0] for each in (library, other))
     assert (tiles - vectors).norm() < 2.0**-9 * vectors.norm()
 
 

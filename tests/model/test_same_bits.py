@@ -1,7 +1,7 @@
 """With our CPU kernels a token's logits are the same bits whether it was decoded, part of a prompt, or recomputed after a failure, in any
 batch.
 
-So a stream that is resumed elsewhere reports the same log-probabilities, and greedy answers never diverge.
+So a stream that is resumed elsewhere, by kernels of the same variant, reports the same log-probabilities, and greedy answers never diverge.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,11 @@ FORMATS = {
 CASES = [pytest.param(format, id=name, marks=pytest.mark.slow if "zeros" in name else ()) for name, format in FORMATS.items()]
 
 
+def write_wide_heads(folder: Path) -> Path:
+    """Heads of 32, which attention multiplies by AMX tiles where there are any."""
+    return write_dense(folder, hidden_size=128)
+
+
 def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | None = None) -> Tensor:
     """Logits of every position: the first ``start`` tokens in one step, the others one by one, optionally beside another prompt in
     chunks of 9."""
@@ -43,7 +48,7 @@ def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | 
 
 
 @pytest.mark.parametrize("format", CASES)
-@pytest.mark.parametrize("write", [write_dense, write_moe])
+@pytest.mark.parametrize("write", [write_dense, write_moe, write_wide_heads])
 def test_logits_are_the_same_bits_however_a_sequence_was_computed(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat
 ) -> None:

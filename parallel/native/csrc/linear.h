@@ -1,7 +1,7 @@
 // Matrix products y = x W^T with packed weights W.
 //
 // Outputs are stored in panels of PANEL = 2 * LANES. A tile keeps the sums of a few rows and panels in registers. Every output is one chain of
-// multiply-adds over increasing k, so the result of a row does not depend on the other rows of the batch.
+// multiply-adds over increasing k (with AMX of steps of 32 inputs), so the result of a row does not depend on the other rows of the batch.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -187,6 +187,7 @@ struct Bf16Dot {
     static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
     static constexpr long PANEL_MAJOR_PARTS = 3;
     static constexpr long STEP = 32;  // inputs of a product of tiles
+    static_assert(K_BLOCK % STEP == 0, "only the last step may be short, however the inputs are divided");
 
     static constexpr int panels_at_once(int rows) { return rows <= TILE_SIDE ? 2 : 1; }
 
