@@ -10,6 +10,7 @@ constexpr long BLOCK = 512;  // ids whose weights are summed in double, which is
 constexpr long CHUNK = 32 * BLOCK;
 constexpr long STRETCH = 64;  // ids
 constexpr long FIRST_CANDIDATES = 128, MORE_CANDIDATES = 64;  // without top-k; beyond it, so that ties with the last are seen
+constexpr long MOST_CANDIDATES = 16384;  // a flat row that needs more is sorted as a whole
 
 // Parameters of a row; parallel/native/sampling.py writes them.
 struct Row {
@@ -79,12 +80,17 @@ long draw_among(const Row& row, const float* x, long N, long count, const std::v
     std::vector<int64_t> ids(count);
     if (count < N) candidates(x, N, count, STRETCH, most, values.data(), ids.data());
     else std::copy(x, x + N, values.begin()), std::iota(ids.begin(), ids.end(), 0);
+    struct Candidate {
+        float value;
+        int32_t at;
+    };
+    std::vector<Candidate> falling(count);  // sorted with their values: looking these up would take longer
+    for (long i = 0; i < count; ++i) falling[i] = {values[i], int32_t(i)};
+    std::sort(falling.begin(), falling.end(), [](Candidate a, Candidate b) { return a.value > b.value || (a.value == b.value && a.at < b.at); });
     std::vector<int32_t> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return values[a] > values[b] || (values[a] == values[b] && a < b); });
     std::vector<float> ordered(count);
     std::vector<double> weights(count + DOUBLES);
-    for (long i = 0; i < count; ++i) ordered[i] = values[order[i]];
+    for (long i = 0; i < count; ++i) ordered[i] = falling[i].value, order[i] = falling[i].at;
     weights_of(ordered.data(), count, ordered[0], row.scale(), weights.data());
 
     if (row.top_k < N || row.top_p >= 1) {
@@ -113,7 +119,7 @@ long draw_among(const Row& row, const float* x, long N, long count, const std::v
 // `most`: the maxima of STRETCH ids each.
 long draw_filtered(const Row& row, const float* x, long N, const std::vector<float>& most, int64_t total) {
     const long wanted = row.top_k < N ? long(row.top_k) + MORE_CANDIDATES : FIRST_CANDIDATES;
-    for (long count = std::min(wanted, N);; count = std::min(8 * count, N))
+    for (long count = std::min(wanted, N);; count = 8 * count > MOST_CANDIDATES ? N : std::min(8 * count, N))
         if (const long id = draw_among(row, x, N, count, most, total); id >= 0) return id;
 }
 }  // namespace
