@@ -48,7 +48,7 @@ class ContextWithHeader:
     """A call's context whose metadata has the proxy's `HEADER`, in place of whatever the client sent under that name.
 
     It can still be asked for the peer when the call is over: Ray Serve logs the peer of every stream when its generator ends, which for
-    a cancelled stream is after the call. grpcio 1.84 and newer have released the call by then, and asking theirs ends the process.
+    a cancelled stream is after the call. grpcio (seen in 1.84 and 1.85) has released the call by then, and asking it ends the process.
     """
 
     def __init__(self, context: Any, header: str | None) -> None:

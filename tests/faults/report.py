@@ -50,7 +50,7 @@ The machine had 2 cores and many other jobs, and measurements had priority over 
 the server's best. Where a fault has fewer than 20 runs, there was no time for more. If a run found a bug, it was fixed and the run
 repeated; such runs are not in the table, nor are nine of the first, for which it was not recorded whether the fault hit anything.
 
-**Log-probabilities:** with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN does not multiply it, int8
+**Log-probabilities:** with the CPU kernels (`parallel/native/`; weights as float32, bfloat16, int8
 or int4), a token gives the same bits whether it was decoded or recomputed as part of a prompt, alone or in any batch, so those of a resumed
 stream are equal if both hosts use the same variant of the kernels (AMX, AVX-512 or AVX2); `tests/model/test_same_bits.py` checks this for
 dense and mixture-of-experts models. Elsewhere (no compiler, GPUs) the order of sums depends on the number of tokens in a step; the same
