@@ -16,7 +16,7 @@ class EngineConfig:
     """Share of a step's time for prompts while sequences decode; it grows when many prompts wait (`prompt_wait_steps`). Prompts are split
     accordingly, by measured step times. With 0.5, a running stream waits about twice as long for its next token as without prompts. 1 =
     prompts are limited by `max_step_tokens` only."""
-    prompt_wait_steps: float = 15.0
+    prompt_wait_steps: float = 10.0
     """If the waiting prompts would take longer at `prompt_share` than this many steps without prompts, their share grows: to two thirds,
     and to nine tenths while a step takes no longer than `prompt_step_s`."""
     prompt_step_s: float = 0.4
