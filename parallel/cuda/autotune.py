@@ -7,10 +7,13 @@ of them. Results of different ways differ by rounding, as those of cuBLAS for di
 import json
 import logging
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -152,9 +155,40 @@ class Autotuner:
         return seconds
 
 
+REPEATS = 25
+"""Runs of which the median counts."""
+CLEARED_BYTES = 256 << 20
+"""Overwritten before each run: more than any device's L2 cache holds."""
+CYCLES_PER_S = 2e9
+"""At least as many as a device has."""
+
+
 def launch_seconds(run: Callable[[], object]) -> float:
-    """Median time on the device, with its cache cleared before each run, as weights come from memory in a real step."""
-    return float(triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")) / 1000
+    """Median time on the device, with its cache cleared before each run, as weights come from memory in a real step.
+
+    The device waits before each run until the host has launched all of it. A launch takes the host up to 50 us, longer than many kernels
+    run: without the wait, candidates of several kernels (split-K) would be charged for gaps that a replayed step does not have.
+    """
+    run()  # compiles
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    wait_s = 2 * (time.perf_counter() - began) + 20e-6
+    cleared = _cleared_memory()
+    event = partial(torch.cuda.Event, enable_timing=True)
+    pairs = [(event(), event()) for _ in range(REPEATS)]
+    for before, after in pairs:
+        cleared.zero_()
+        torch.cuda._sleep(int(wait_s * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        before.record()
+        run()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in pairs) / 1000
+
+
+def _cleared_memory() -> torch.Tensor:
+    return torch.empty(CLEARED_BYTES, dtype=torch.uint8, device="cuda")
 
 
 _of_device: dict[int, Autotuner] = {}

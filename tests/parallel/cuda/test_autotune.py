@@ -130,6 +130,35 @@ def test_what_cannot_be_measured_now_is_measured_at_the_next_start(error: Runtim
     assert list(json.loads(file.read_text())) == ["another product"]
 
 
+def test_the_host_has_launched_a_run_before_the_device_begins_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a candidate of several kernels would be charged for what the host takes between them."""
+    from parallel.cuda import autotune
+
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, **_options: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            done.append("event")
+            self.at = len(done)
+
+        def elapsed_time(self, after: "Event") -> float:
+            return float(after.at - self.at)  # milliseconds: what was done between the two, and the second
+
+    class Memory:
+        def zero_(self) -> None:
+            done.append("clear")
+
+    monkeypatch.setattr(autotune, "_cleared_memory", Memory)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait" if cycles > 0 else "no wait"), raising=False)
+    assert autotune.launch_seconds(lambda: done.append("run")) == pytest.approx(0.002)
+    assert done == ["run"] * 2 + ["clear", "wait", "event", "run", "event"] * autotune.REPEATS
+
+
 @pytest.mark.parametrize("num_rows", [3, 40])
 def test_a_product_is_bit_identical_for_all_tiles(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import quantised_matmul
