@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: to prove the script")
-    parser.add_argument("--only", action="append", default=[], help="parts that have a word which begins so (may be repeated)")
+    parser.add_argument("--only", action="append", default=[], help="parts whose name, or a word of it, begins so (may be repeated)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--each", type=float, default=math.inf, help="minutes for each part at most")
     parser.add_argument("--out", type=Path, default=Path(os.environ["OUT"]) if "OUT" in os.environ else None)

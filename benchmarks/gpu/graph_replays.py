@@ -31,6 +31,8 @@ KINDS = (
     SamplingParams(top_p=0.97, temperature=2.5),
 )
 """The last one is so flat that the fast path with few candidates cannot decide it."""
+ROWS, ANSWERS = (1, 5, 9, 33), (1, 33)
+"""Rows of replayed steps, and numbers of answers, that are compared."""
 MOST, MOST_WITH_EXPERTS, MOST_IN_FP8 = 2e-2, 5e-2, 1e-1
 """Maximum relative error. A product with another number of rows may round differently (on an H200: no difference up to 10 rows; 1.1e-2
 for 33 rows after four layers, replayed in a graph of 40). A token may then choose another of nearly equally likely experts, and one
@@ -50,7 +52,7 @@ def check(results: Results, name: str, served: ServedModel) -> None:
     assert sampler_graphs is not None
     for cache in (*served.runner.cache.keys_NBGK, *served.runner.cache.values_NBGK):
         cache.normal_()
-    for rows in (1, 5, 9, 33):
+    for rows in ROWS:
         results.go_on()
         error = _error_of_logits(served, graphs, rows)
         results.add("replays", f"{name}: logits of {rows}, replayed and launched", error, "relative")
@@ -60,11 +62,11 @@ def check(results: Results, name: str, served: ServedModel) -> None:
         results.add("replays", f"{name}: tokens of {rows} that differ", float(different), "rows")
         if different:
             wrong.append(f"{name}: replayed sampling gives {different} other tokens of {rows}")
-    for count in (1, 33):
+    for count in ANSWERS:
         results.go_on()
         wrong += wrong_ahead(results, name, served, kinds=KINDS, count=count)
     results.go_on()
-    wrong += wrong_beside_prompts(results, name, served, kinds=KINDS, count=33)
+    wrong += wrong_beside_prompts(results, name, served, kinds=KINDS, count=ANSWERS[-1])
     assert not wrong, "; ".join(wrong)
 
 

@@ -223,8 +223,9 @@ LOST = 3
 
 
 def is_chosen(part: str, only: list[str]) -> bool:
-    """Whether a word of the part's name starts with one of ``only``; so 7B does not select 57B-A14B."""
-    return not only or any(word.startswith(wanted) for wanted in only for word in part.split())
+    """Whether the part's name or a word of it starts with one of ``only``: "7B" does not select 57B-A14B, and "kernels: experts" selects
+    neither other kernels nor other parts with experts."""
+    return not only or any(name.startswith(wanted) for wanted in only for name in (part, *part.split()))
 
 
 def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:

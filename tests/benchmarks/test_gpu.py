@@ -8,6 +8,8 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from importlib import import_module
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import collectives, early_launches, parts, run_ahead, whole_model
+from benchmarks.gpu import collectives, early_launches, graph_replays, parts, run_ahead, whole_model
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import ServedModel, config_of, random_model
@@ -168,6 +170,9 @@ def test_a_word_of_a_part_chooses_it() -> None:
     assert [name for name in names if parts.is_chosen(name, ["57B"])] == ["57B-A14B", "57B-A14B fp8"]
     assert all(name.startswith("kernels: ") for name in names if parts.is_chosen(name, ["kernels"]))
     assert [name for name in names if parts.is_chosen(name, [])] == names
+    names += [*parts.REPLAYED, *parts.EARLY]  # on a device
+    assert [name for name in names if parts.is_chosen(name, ["kernels: experts"])] == ["kernels: experts"]
+    assert len([name for name in names if parts.is_chosen(name, ["experts"])]) == 3
 
 
 def test_a_model_that_was_served_is_gone_before_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
@@ -206,6 +211,45 @@ def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor
     monkeypatch.setitem(CHECKS, "decode", (1.0, lambda checks: attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)))
     with pytest.raises(AssertionError, match=r"keys is wrong.*; .*contexts at 1 behind"):  # all that is wrong, and not the first alone
         run("decode", checks)
+
+
+@pytest.mark.parametrize(("module", "name", "check"), [("gemv", "multiply", "gemv"), ("grouped_experts", "combine_rows", "tiles")])
+def test_a_candidate_tile_that_computes_something_else_is_seen(module: str, name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu.kernels.checks import TINY, Checks
+    from benchmarks.gpu.kernels.registry import run
+
+    checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, replace(TINY, rows_of_tiles=(3,)))
+    path = f"parallel.cuda.{module}"
+    right = getattr(import_module(path), name)
+    monkeypatch.setattr(f"{path}.{name}", lambda *arguments: right(*arguments) * 1.1)
+    with pytest.raises(AssertionError, match=r"is wrong by 0\.1"):
+        run(check, checks)
+
+
+def test_replays_are_compared_with_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_capturable_parts(monkeypatch)
+    monkeypatch.setattr("benchmarks.gpu.models.choose_formats", lambda *_args: Formats(Dense(torch.float32), Dense(torch.float32)))
+    monkeypatch.setattr("engine.run.memory._run_ahead", lambda *_args: True)
+    monkeypatch.setattr(graph_replays, "ROWS", (3,))
+    monkeypatch.setattr(graph_replays, "ANSWERS", (3,))
+    monkeypatch.setattr(run_ahead, "TOKENS_OUT", 3)
+    served = ServedModel(random_model("tiny", torch.device("cpu")), max_running=3, kv_cache_bytes=1 << 22)
+    capture(served.runner, RecordedGraphs(), served.config)
+    results = Results(None, 9.0)
+    graph_replays.check(results, "tiny", served)
+    assert len(results.figures) == 6
+    compute = graph_replays.replayed_logits
+
+    def other(*arguments: Any) -> Any:
+        works, tables, logits_RV = compute(*arguments)
+        return works, tables, logits_RV * 1.1
+
+    monkeypatch.setattr(graph_replays, "replayed_logits", other)
+    for name in ("wrong_ahead", "wrong_beside_prompts"):
+        monkeypatch.setattr(graph_replays, name, lambda *_args, **_options: [])
+    with pytest.raises(AssertionError, match=r"tiny: replayed logits of 3 are off by 0\.1"):
+        graph_replays.check(results, "tiny", served)
 
 
 def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,12 @@ class Sizes:
     width: int = 3584
     inner: int = 18944
     rows: Sequence[int] = (1, 7, 32, 256)
+    matrices: Sequence[tuple[int, int]] = ((18944, 3584), (3584, 18944), (1152, 896))
+    """(outputs, inputs) for products of one and two rows"""
+    rows_of_tiles: Sequence[int] = (8, 512, 4096)
+    """Numbers of rows for which experts have different tiles"""
+    tiles: int = 99
+    """How many candidate tiles are checked"""
     experts: tuple[int, int, int] = (64, 8, 2560)
     """(experts, chosen, inner width)"""
     vocab_size: int = 151_936
@@ -40,7 +46,7 @@ class Sizes:
 
 TINY = Sizes(
     heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 20),), few=((3, 5), (20, 2)), timed_prompts=((3, 20),), timed=((1, 20),),
-    width=64, inner=96, rows=(1, 5), experts=(4, 2, 32), vocab_size=300, undecided=2,
+    width=64, inner=96, rows=(1, 5), matrices=((6, 200),), rows_of_tiles=(3, 70), tiles=1, experts=(4, 2, 32), vocab_size=300, undecided=2,
 )  # fmt: skip
 
 

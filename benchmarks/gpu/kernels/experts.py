@@ -1,53 +1,100 @@
 """Check routed experts, plain and quantised, and the routing."""
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.kernels.checks import Checks, poisoned
-from benchmarks.gpu.kernels.products import as_multiplied, whole
-from parallel.quantised_format import Kind, QuantisedFormat
+from benchmarks.gpu.kernels.products import as_multiplied, matrix_of, using, whole
+from parallel.quantised_format import Kind
 
+if TYPE_CHECKING:
+    from parallel.cuda.autotune import Tile  # triton
+
+ALL_KINDS: tuple[Kind | None, ...] = (None, "int8", "int4_zeros", "fp8")
 FP8_EXPERTS_MOST = 5e-2
 """Maximum relative error: where an intermediate activation rounds to another bfloat16 neighbour, FP8 may round it by one more step."""
 
 
 def experts(checks: Checks) -> None:
-    kinds: tuple[Kind | None, ...] = (None, "int8", "int4_zeros", "fp8") if checks.device.type == "cuda" else (None, "int8")
-    for kind in kinds:
+    for kind in ALL_KINDS if checks.device.type == "cuda" else (None, "int8"):
         _experts_of(checks, kind)
 
 
 def _experts_of(checks: Checks, kind: Kind | None) -> None:
     """Plain ones, or rounded."""
-    from parallel.cuda.grouped_experts import GroupedExperts
-
-    num_experts, chosen, inner = checks.sizes.experts
-    width, prefix = checks.sizes.width, f"{kind} " if kind else ""
-    up, down = ([_matrix(checks, kind, *shape) for _ in range(num_experts)] for shape in ((2 * inner, width), (width, inner)))
-    grouped = GroupedExperts(num_experts, dict(enumerate(up)), dict(enumerate(down)))
-    most = FP8_EXPERTS_MOST if kind == "fp8" else None
+    some = _Experts(checks, kind)
     for rows in checks.sizes.rows:
         checks.results.go_on()
-        x, weights = checks.random(rows, width), torch.rand(rows, chosen, device=checks.device).to(checks.dtype)
-        ids = torch.stack([torch.randperm(num_experts, device=checks.device)[:chosen] for _ in range(rows)])
+        x, ids, weights = some.inputs(rows)
         with poisoned():
-            found = grouped(x, ids, weights)
-        wanted = torch.zeros(rows, width, dtype=torch.float64, device=checks.device)
+            found = some.grouped(x, ids, weights)
+        checks.judge(f"{some.prefix}experts of {rows}", found, some.wanted(x, ids, weights), some.most)
+        num_bytes = ids.unique().numel() * sum(tensor.nbytes for matrix in (some.up[0], some.down[0]) for tensor in matrix.values())
+        run = partial(some.grouped, x, ids, weights)
+        checks.timed(f"{some.prefix}experts of {rows}", run, num_bytes)
+
+
+def expert_tiles(checks: Checks) -> None:
+    """Every candidate tile of the experts' kernel, plain and in FP8. Elsewhere the others than the first are used only once measured, and
+    then on both sides of the comparison of steps."""
+    from parallel.cuda import grouped_gemm
+
+    for kind in (None, "fp8") if checks.device.type == "cuda" else (None,):
+        some = _Experts(checks, kind)
+        for rows in checks.sizes.rows_of_tiles:
+            x, ids, weights = some.inputs(rows)
+            wanted = some.wanted(x, ids, weights)
+            for tile in some.tiles(ids)[: checks.sizes.tiles]:
+                checks.results.go_on()
+                with using(grouped_gemm, tile), poisoned():
+                    found = some.grouped(x, ids, weights)
+                name = f"{some.prefix}experts of {rows}, tile {tile.rows} {tile.columns} {tile.num_warps} {tile.num_stages}"
+                checks.judge(name, found, wanted, some.most)
+
+
+class _Experts:
+    """Random experts of a kind."""
+
+    def __init__(self, checks: Checks, kind: Kind | None) -> None:
+        from parallel.cuda.grouped_experts import GroupedExperts
+
+        self._checks, self._kind = checks, kind
+        num_experts, _, inner = checks.sizes.experts
+        width, self.prefix = checks.sizes.width, f"{kind} " if kind else ""
+        self.up, self.down = (
+            [matrix_of(checks, kind, *shape) for _ in range(num_experts)] for shape in ((2 * inner, width), (width, inner))
+        )
+        self.grouped = GroupedExperts(num_experts, dict(enumerate(self.up)), dict(enumerate(self.down)))
+        self.most = FP8_EXPERTS_MOST if kind == "fp8" else None
+
+    def inputs(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random rows, the experts of each, and their weights."""
+        checks, (num_experts, chosen, _) = self._checks, self._checks.sizes.experts
+        x, weights = checks.random(num_rows, checks.sizes.width), torch.rand(num_rows, chosen, device=checks.device).to(checks.dtype)
+        return x, torch.rand(num_rows, num_experts, device=checks.device).argsort(-1)[:, :chosen].contiguous(), weights
+
+    def tiles(self, ids: Tensor) -> "tuple[Tile, ...]":
+        """The candidates for so many assignments."""
+        from parallel.cuda.expert_sort import tile_rows_for
+        from parallel.cuda.grouped_gemm import TILES
+
+        return TILES[tile_rows_for(ids.numel(), len(self.up))]
+
+    def wanted(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """In float64."""
+        checks, (num_experts, _, inner) = self._checks, self._checks.sizes.experts
+        wanted = torch.zeros(x.shape, dtype=torch.float64, device=checks.device)
         for expert in range(num_experts):
             at, place = (ids == expert).nonzero(as_tuple=True)
             if len(at):
-                gate, wide = (as_multiplied(kind, x[at]) @ whole(up[expert], width).T).chunk(2, -1)
-                y = as_multiplied(kind, (F.silu(gate) * wide).to(checks.dtype)) @ whole(down[expert], inner).T
+                gate, wide = (as_multiplied(self._kind, x[at]) @ whole(self.up[expert], x.shape[1]).T).chunk(2, -1)
+                y = as_multiplied(self._kind, (F.silu(gate) * wide).to(checks.dtype)) @ whole(self.down[expert], inner).T
                 wanted.index_add_(0, at, y * weights[at, place].double().unsqueeze(-1))
-        checks.judge(f"{prefix}experts of {rows}", found, wanted, most)
-        num_bytes = ids.unique().numel() * sum(tensor.nbytes for matrix in (up[0], down[0]) for tensor in matrix.values())
-        checks.timed(f"{prefix}experts of {rows}", lambda x=x, ids=ids, weights=weights: grouped(x, ids, weights), num_bytes)
-
-
-def _matrix(checks: Checks, kind: Kind | None, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
-    weight = checks.random(num_outputs, num_inputs) * 0.02
-    return QuantisedFormat(kind, torch.float32).prepare({"weight": weight.float()}) if kind else {"weight": weight}
+        return wanted
 
 
 def routing(checks: Checks) -> None:

@@ -1,6 +1,9 @@
 """Check products with quantised matrices. T rows, N outputs, K inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -9,6 +12,8 @@ from benchmarks.gpu.kernels.checks import Checks, poisoned
 from parallel.quantisation import quantise_fp8
 from parallel.quantised_format import Kind, QuantisedFormat, unpack
 
+GEMV_KINDS: tuple[Kind | None, ...] = (None, "int8", "int4", "int4_zeros")
+"""FP8 is not multiplied by that kernel."""
 ROTATED_BYTES = 256 << 20
 """Bytes of matrix copies that are read in turn, so that no run hits data in the L2 cache: four times an H200's cache."""
 
@@ -26,17 +31,56 @@ def rounded(checks: Checks) -> None:
             with poisoned():
                 found = multiply(x, tensors, bias)
             checks.judge(f"{kind} product of {rows}", found, wide @ matrix.T + bias.double())
-            checks.timed(f"{kind} product of {rows}", *_in_turn(checks, x, tensors))
+            checks.timed(f"{kind} product of {rows}", *_in_turn(checks, tensors, lambda copy, x=x: multiply(x, copy, None)))
 
 
-def _in_turn(checks: Checks, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
+def few_rows(checks: Checks) -> None:
+    """Products of one and two rows with every candidate tile of their kernel. Elsewhere it is used only if it was measured to be faster,
+    and then on both sides of the comparison of steps."""
+    from parallel.cuda import gemv
+
+    for kind in GEMV_KINDS:
+        for num_outputs, num_inputs in checks.sizes.matrices:
+            tensors = matrix_of(checks, kind, num_outputs, num_inputs)
+            matrix, bias = whole(tensors, num_inputs), checks.random(num_outputs)
+            for rows, tiles in gemv.CANDIDATES.items():
+                x = checks.random(rows, num_inputs)
+                wanted = x.double() @ matrix.T + bias.double()
+                for tile in tiles[: checks.sizes.tiles]:
+                    checks.results.go_on()
+                    name = f"{kind or 'plain'} {num_inputs} to {num_outputs} of {rows}, {tile.columns} {tile.num_warps} {tile.num_stages}"
+                    with using(gemv, tile):
+                        with poisoned():
+                            found = gemv.multiply(x, tensors, bias, _not_otherwise)
+                        checks.judge(name, found, wanted)
+                        checks.timed(name, *_in_turn(checks, tensors, lambda copy, x=x: gemv.multiply(x, copy, None, _not_otherwise)))
+
+
+def _not_otherwise() -> Tensor:
+    raise AssertionError("cuBLAS was used instead of the tile")
+
+
+@contextmanager
+def using(module: ModuleType, tile: object) -> Iterator[None]:
+    """Within this context, products of the module use this tile."""
+    with patch.object(module, "autotuner_for", lambda _device: SimpleNamespace(best=lambda *_product: tile)):
+        yield
+
+
+def matrix_of(checks: Checks, kind: Kind | None, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
+    """A random matrix, plain (None) or quantised."""
+    weight = checks.random(num_outputs, num_inputs) * 0.02
+    return QuantisedFormat(kind, torch.float32).prepare({"weight": weight.float()}) if kind else {"weight": weight}
+
+
+def _in_turn(
+    checks: Checks, tensors: dict[str, Tensor], multiply: Callable[[dict[str, Tensor]], Tensor]
+) -> tuple[Callable[[], object], int]:
     """Products with enough copies of a matrix that none stays in the cache, and the bytes of all copies."""
-    from parallel.cuda.quantised_matmul import multiply
-
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     most = ROTATED_BYTES if checks.device.type == "cuda" else num_bytes
     copies = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(-(-most // num_bytes))]
-    return (lambda: [multiply(x, copy, None) for copy in copies]), num_bytes * len(copies)
+    return (lambda: [multiply(copy) for copy in copies]), num_bytes * len(copies)
 
 
 def whole(tensors: dict[str, Tensor], num_inputs: int) -> Tensor:
