@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.serve as ray_serve
@@ -55,7 +55,12 @@ from serve.request_observer import Observer
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
+
 APP = "manta"
+SPANS_S = 1.0
+"""Limit for the export of the last spans when a front ends."""
 FRONTS = "FrontDeployment"
 """Name of the fronts' deployment."""
 MAX_CALLS_PER_FRONT = 10_000
@@ -163,10 +168,12 @@ class _Front:
         self._quotas = Quotas(num_fronts=lambda: self._peer_metrics.num_peers + 1)
         names = [model.name for model in models]
         observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
+        self._tracing: Tracing | None = None
         if config.tracing.otlp_endpoint is not None:
             from serve.tracing import otlp_tracing  # opentelemetry: an extra
 
-            observers.append(otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
+            self._tracing = otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio)
+            observers.append(self._tracing)
         self._catalog = Catalog([await self._make_service(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics)
         self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
@@ -215,6 +222,7 @@ class _Front:
             observers=observers,
             tool_protocol=model.config.tools.protocol,
             names=names,
+            requests_are_ended=lambda: self._gate.has_ended_requests,
         )
 
     def _waiting_requests(self) -> dict[str, Any]:
@@ -237,6 +245,9 @@ class _Front:
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             self._warming.cancel()
+            if self._tracing is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.to_thread(self._tracing.close), SPANS_S)
             await self._peer_metrics.close()
             await self._demand.close()
             for router in self._routers:

@@ -27,6 +27,8 @@ class DrainGate(ServiceWrapper):
         super().__init__(inner)
         self.draining = False
         self._stopping = False
+        self.has_ended_requests = False
+        """Whether the server is being stopped, and the grace of the requests that were open is over."""
         self._open: set[_OpenRequest] = set()
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -54,6 +56,7 @@ class DrainGate(ServiceWrapper):
         try:
             await self._wait_until_none_is_open(grace_s)
         finally:
+            self.has_ended_requests = True
             for request in tuple(self._open):
                 request.end()
         await self._wait_until_none_is_open(UNREAD_S)

@@ -1,15 +1,12 @@
 """The observer behind /metrics: latencies and token counts of every request, measured in the front."""
 
-import asyncio
 import time
 from collections.abc import Callable, Collection
 
 from serve import metric_names as names
-from serve.errors import code_of
 from serve.metrics import Instruments
 from serve.request import AnyRequest, TextEvent, Usage
-
-CLIENT_LEFT = "client_left"
+from serve.request_observer import failure_code
 
 
 class RequestMetrics:
@@ -60,8 +57,7 @@ class _RequestTimes:
         self._close()
 
     def failed(self, error: BaseException) -> None:
-        left = isinstance(error, asyncio.CancelledError | GeneratorExit)
-        self._instruments.count(names.FAILURES, model_name=self._model, code=CLIENT_LEFT if left else code_of(error))
+        self._instruments.count(names.FAILURES, model_name=self._model, code=failure_code(error))
         self._close()
 
     def _tokens(self, event: TextEvent) -> None:

@@ -27,6 +27,7 @@ from serve.merge_streams import merge_streams
 from serve.model_facts import ModelFacts
 from serve.prompt_logprobs import SharedPromptLogprobs, shared_prompt_logprobs
 from serve.request import (
+    AnyRequest,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -79,6 +80,7 @@ class Service:
         tool_protocol: ProtocolName = "auto",
         refusal: Callable[[str], TokenEvent | None] = lambda tenant: None,
         names: Sequence[str] = (),
+        requests_are_ended: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -88,12 +90,13 @@ class Service:
             refusal: the error event for a tenant whose requests are refused at the moment, else None. Asked before a request is
                 tokenized.
             names: of all models of the server, for the error about an unknown one; empty: this model's.
+            requests_are_ended: see `observe_events`.
 
         Raises:
             InvalidTokenizer: the model's chat template is damaged.
         """
         self._model, self._tokenizer, self._source, self._clock = model, tokenizer, source, clock
-        self._observers, self._refusal = observers, refusal
+        self._observers, self._requests_are_ended, self._refusal = observers, requests_are_ended, refusal
         self.limits = limits or Limits()
         self._names = tuple(names) or (model.name,)
         self._validator = Validator(model=model, limits=self.limits, names=self._names)
@@ -148,13 +151,13 @@ class Service:
         Raises:
             ServeError, EngineError: see `serve.errors.ERROR_MAPPINGS`.
         """
-        async with aclosing(observe_events(request, self._chat(request), self._observers)) as events:
+        async with aclosing(self._observed(request, self._chat(request))) as events:
             async for event in events:
                 yield event
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         """Like `chat`, for prompts without a template. Choice index = prompt index * n + choice."""
-        async with aclosing(observe_events(request, self._complete(request), self._observers)) as events:
+        async with aclosing(self._observed(request, self._complete(request))) as events:
             async for event in events:
                 yield event
 
@@ -165,7 +168,7 @@ class Service:
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """One vector for each input. Raises as `chat`."""
-        async with aclosing(observe_events(request, self._embedder.vectors(request), self._observers)) as events:
+        async with aclosing(self._observed(request, self._embedder.vectors(request))) as events:
             return await collect_embeddings(request.request_id, events)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
@@ -198,6 +201,9 @@ class Service:
             return tuple(self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids)
 
         return await run_in_thread_if_long(CHARS_PER_TOKEN * len(ids), texts)
+
+    def _observed(self, request: AnyRequest, events: AsyncGenerator[TextEvent, None]) -> AsyncGenerator[TextEvent, None]:
+        return observe_events(request, events, self._observers, requests_are_ended=self._requests_are_ended)
 
     async def _chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         stopwatch = Stopwatch(request.arrived_s)

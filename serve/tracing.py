@@ -4,7 +4,6 @@ A span holds model, parameters, counts and times, never a prompt, an answer or a
 phases in the engine are child spans, made from the times that the engine reports with its last event.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Collection
 
@@ -17,9 +16,8 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from serve.errors import code_of
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Options, TextEvent
-from serve.request_observer import Observer, RequestWatch
+from serve.request_observer import RequestWatch, failure_code, is_leaving
 from serve.request_timing import RequestTiming
 from serve.version import version
 
@@ -97,13 +95,12 @@ class _RequestSpan:
         self._span.end()
 
     def failed(self, error: BaseException) -> None:
-        disconnected = isinstance(error, asyncio.CancelledError | GeneratorExit)
-        self._span.set_attribute("error.type", "client_left" if disconnected else code_of(error))
-        self._span.set_status(Status(StatusCode.UNSET if disconnected else StatusCode.ERROR))
+        self._span.set_attribute("error.type", failure_code(error))
+        self._span.set_status(Status(StatusCode.UNSET if is_leaving(error) else StatusCode.ERROR))
         self._span.end()
 
 
-def otlp_tracing(endpoint: str, models: Collection[str], *, ratio: float) -> Observer:
+def otlp_tracing(endpoint: str, models: Collection[str], *, ratio: float) -> Tracing:
     """Exports spans to ``endpoint`` by OTLP over HTTP (…/v1/traces) in the background. ``ratio``: the fraction of requests to trace."""
     resource = Resource.create({"service.name": "manta", "service.version": version()})
     provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))

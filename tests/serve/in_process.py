@@ -66,7 +66,14 @@ async def fronts(
     )
     source = EngineSource(LocalExecutor.open(folder, runner_config=runner, engine_config=config), config)
     try:
-        service = Service(model=facts, tokenizer=tokenizer, source=source, limits=limits, observers=observers)
+        service = Service(
+            model=facts,
+            tokenizer=tokenizer,
+            source=source,
+            limits=limits,
+            observers=observers,
+            requests_are_ended=lambda: gate.has_ended_requests,
+        )
         gate = DrainGate(IdempotentService(service))
         server, port = await start_server(gate, "127.0.0.1:0", fleets=[source], limits=limits)
         try:

@@ -15,7 +15,7 @@ from engine.executor import Capacity
 from engine.plan import PhaseTimes
 from engine.stats import EngineStats
 from serve import metric_names as names
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, ServerStopped
 from serve.metric_names import METRICS, page
 from serve.metrics import Instruments, render, replica_snapshot
 from serve.metrics_page import MetricsPage
@@ -120,11 +120,13 @@ def test_a_failure_is_told_by_its_code_and_an_unknown_model_without_its_name() -
     measuring = RequestMetrics(instruments, ["m"])
     measuring.begin(asked()).failed(InvalidRequest("no"))
     measuring.begin(asked()).failed(asyncio.CancelledError())
+    measuring.begin(asked()).failed(ServerStopped())
     measuring.begin(asked("what a client wrote")).failed(InvalidRequest("no"))
     text = render([instruments.snapshot()])[0]
     said = values(text)
     assert said["manta_request_failures_total", "invalid_value", "f1", "m"] == 1
     assert said["manta_request_failures_total", "client_left", "f1", "m"] == 1
+    assert said["manta_request_failures_total", "stopped", "f1", "m"] == 1
     assert said["manta_request_failures_total", "invalid_value", "f1", ""] == 1
     assert b"what a client wrote" not in text
 

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
+from serve.errors import ServerStopped
 from serve.request import ChatRequest, Message, TextEvent, Usage
 from serve.request_observer import observe_events
 
@@ -59,6 +60,17 @@ async def test_a_reader_that_leaves_in_the_midst() -> None:
     async with aclosing(observe_events(REQUEST, events(TextEvent(choice=0), LAST), [recorder])) as stream:
         await anext(stream)
     assert recorder.seen == ["begin", "event", GeneratorExit]
+
+
+@pytest.mark.parametrize(
+    ("script", "seen"), [((TextEvent(choice=0), LAST), ServerStopped), ((LAST,), "ended"), ((ValueError(),), ValueError)]
+)
+async def test_a_request_that_the_server_has_ended_is_told_from_one_whose_reader_left(script: tuple, seen: object) -> None:
+    recorder = Recorder()
+    async with aclosing(observe_events(REQUEST, events(*script), [recorder], requests_are_ended=lambda: True)) as stream:
+        with suppress(ValueError):
+            await anext(stream)
+    assert recorder.seen[-1] == seen
 
 
 async def test_a_reader_that_leaves_after_the_last_event_has_had_it_all() -> None:

@@ -11,8 +11,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+from opentelemetry.trace import StatusCode
 
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, ServerStopped
 from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
 from serve.request import ChatRequest, Message, Options, TextEvent, TextToken, Usage
 from serve.request_timing import RequestTiming
@@ -58,6 +59,18 @@ def test_a_failure_is_told_by_its_code(tracing: Tracing, exporter: InMemorySpanE
     assert span.attributes["error.type"] == "invalid_value"
     assert not span.status.is_ok
     assert SECRET not in span.to_json()
+
+
+@pytest.mark.parametrize(
+    ("error", "type_", "status"),
+    [(GeneratorExit(), "client_left", StatusCode.UNSET), (ServerStopped(), "stopped", StatusCode.ERROR)],
+)
+def test_a_client_that_leaves_is_no_error_and_a_server_that_stops_is_one(
+    tracing: Tracing, exporter: InMemorySpanExporter, error: BaseException, type_: str, status: StatusCode
+) -> None:
+    tracing.begin(REQUEST).failed(error)
+    (span,) = exporter.get_finished_spans()
+    assert (span.attributes["error.type"], span.status.status_code) == (type_, status)
 
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

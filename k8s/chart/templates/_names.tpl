@@ -69,7 +69,7 @@ key: {{ .value.secretKey }}
 [/v1, /tokenize, /detokenize, /tokenizer_info, /version, /health]
 {{- end -}}
 
-{{/* Error codes of failures that are the server's fault (serve/errors.py); they count against the availability objective. */}}
+{{/* Error codes of failures that are the server's fault (serve/errors.py; stopped: serve/request_observer.py); they count against the availability objective. */}}
 {{- define "manta.failureCodes" -}}
-draining|host_lost|internal_error|invalid_logits|not_ready|poisoned_request|unavailable
+draining|host_lost|internal_error|invalid_logits|not_ready|poisoned_request|stopped|unavailable
 {{- end -}}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import httpx
@@ -12,11 +13,13 @@ from manta_client import AsyncClient, Unavailable
 from serve.drain_gate import DrainGate
 from serve.errors import ServerStopped
 from serve.grpc.generated import service_pb2, service_pb2_grpc
-from serve.request import ChatRequest, TextEvent, Usage
-from tests.serve.in_process import MODEL, Fronts
+from serve.request import AnyRequest, ChatRequest, Message, Options, TextEvent, Usage
+from serve.request_observer import failure_code
+from tests.serve.in_process import MODEL, Fronts, fronts
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 LONG = {"model": MODEL, "messages": MESSAGES, "max_tokens": 900, "ignore_eos": True}
+LONGEST = Options(max_tokens=900, ignore_eos=True)
 SHORT = LONG | {"max_tokens": 20}
 CHATS = "/v1/chat/completions"
 
@@ -24,7 +27,7 @@ CHATS = "/v1/chat/completions"
 @pytest.fixture(autouse=True)
 async def reopened(both: Fronts) -> AsyncIterator[None]:
     yield
-    both.gate._stopping = False
+    both.gate._stopping = both.gate.has_ended_requests = False
     both.gate.reopen()
 
 
@@ -128,6 +131,58 @@ async def test_the_grace_ends_where_its_call_is_cancelled_and_the_gate_stays_clo
             await stream.final()
         both.gate.reopen()
         assert both.gate.draining
+
+
+class Failures:
+    """An observer: how every request failed."""
+
+    def __init__(self) -> None:
+        self.codes: list[str] = []
+
+    def begin(self, request: AnyRequest) -> "Failures":
+        return self
+
+    def event(self, event: TextEvent) -> None: ...
+
+    def ended(self) -> None:
+        self.codes.append("")
+
+    def failed(self, error: BaseException) -> None:
+        self.codes.append(failure_code(error))
+
+
+async def test_requests_that_the_server_ends_are_told_from_those_whose_clients_left(tiny_folder: Path) -> None:
+    failures = Failures()
+    async with (
+        fronts(tiny_folder, observers=[failures]) as running,
+        httpx.AsyncClient(base_url=running.http) as http,
+        AsyncClient(running.grpc, max_retries=0) as client,
+    ):
+        leaving = client.chat.stream(**LONG)
+        await anext(leaving)
+        await leaving.close()
+        async with asyncio.timeout(20):
+            while failures.codes != ["client_left"]:  # noqa: ASYNC110 (nobody is told)
+                await asyncio.sleep(0.01)
+        streams = [client.chat.stream(**LONG), client.chat.stream(**LONG, idempotency_key="k")]
+        for stream in streams:
+            await anext(stream)
+        collected = [asyncio.create_task(http.post(CHATS, json=LONG, headers=headers)) for headers in ({}, {"idempotency-key": "l"})]
+        async with asyncio.timeout(20):
+            while running.gate.num_open < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        unread = running.gate.chat(
+            ChatRequest(request_id="u", model=MODEL, messages=(Message(role="user", content="Hi"),), options=LONGEST)
+        )
+        await anext(unread)
+        await running.gate.end_requests(0.0)
+        with pytest.raises(ServerStopped):
+            [event async for event in unread]
+        for stream in streams:
+            with pytest.raises(Unavailable):
+                await stream.final()
+        assert [(await each).status_code for each in collected] == [503, 503]
+    assert failures.codes == ["client_left", *["stopped"] * 5]
 
 
 class Endless:
