@@ -93,21 +93,28 @@ def run_on_existing_ray(
 def remove(app: str, *, stop: StopSignals | None = None, has_requests: bool = True) -> bool:
     """Remove an application, and shut Ray Serve down if it was the last one. Returns False if there is none of this name.
 
-    Its requests (if it ``has_requests``) may run for the time with which it was deployed, or until `StopSignals.repeated`. Before and
-    after this time, a signal interrupts this function, unless ``stop`` is installed already. For the main thread only.
+    Its requests (if it ``has_requests``) may run for the time with which it was deployed, or until `StopSignals.repeated`; the signal after
+    that interrupts this function. Before and after this time, any signal does, unless ``stop`` is installed already. For the main thread
+    only.
 
     Ray Serve gets the order before anything is waited for. So it does not restart what dies meanwhile, and the application ends even if
     this process is killed.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    client: Any = _get_global_client(raise_if_no_controller_running=False)
-    if client is None or app not in ray_serve.status().applications:
-        return False
-    grace_s = _grace_s(client, app) if has_requests else None
-    stop = stop or StopSignals()
-    stop.install()
-    with contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=stop.repeated):
-        client.delete_apps([app], blocking=False)
+    stop, has_order = stop or StopSignals(), False
+    try:  # every call hangs if Ray Serve's controller does
+        client: Any = _get_global_client(raise_if_no_controller_running=False)
+        if client is None or app not in ray_serve.status().applications:
+            return False
+        grace_s = _grace_s(client, app) if has_requests else None
+        stop.install()
+        with contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=stop.repeated):
+            client.delete_apps([app], blocking=False)
+            has_order = True
+    except KeyboardInterrupt:
+        if not has_order:
+            logger.error("Ray Serve has not confirmed the order to remove %s: it may still be there, and refuse requests", app)
+        raise
     stop.restore()
     deadline = time.monotonic() + (0.0 if stop.repeated.is_set() else grace_s or 0.0) + DELETE_MARGIN_S
     while app in (left := ray_serve.status().applications) and time.monotonic() < deadline:
