@@ -5,9 +5,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -117,7 +116,7 @@ class ReplicaLink:
         self._lost: LinkLost | None = None
         self._last_heard_at = self._last_events_at = clock()
         self._transport: Transport = transport or ZmqTransport(record, node=node)
-        self._tasks = [asyncio.create_task(self._run_or_lose(work)) for work in (self._receive(), self._ping(), self._watch_connection())]
+        self._tasks = [asyncio.create_task(self._run_or_lose(work)) for work in (self._receive, self._ping, self._watch_connection)]
 
     @property
     def id(self) -> str:
@@ -212,10 +211,10 @@ class ReplicaLink:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._transport.close()
 
-    async def _run_or_lose(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run_or_lose(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run a background task of the link. If it fails the link is lost: its streams move at once, and the router opens a new link."""
         try:
-            await work
+            await work()
         except Exception as error:
             logger.exception("the link to replica %s failed", self.id)
             self._lose(f"failed here: {error}", reason="failed")

@@ -1,10 +1,13 @@
 """As much of KubeRay's operator and of a kubelet as starts the chart's pods as processes: each pod is a network and a mount namespace.
 
+What is left when the tests are killed is removed by `tests.k8s.pod_remover`.
+
 The `ray start` command, its environment and the volumes are made from the rendered pod as the operator makes them; a pod's address is
 real, so is every port. What is missing: images, limits, probes, users.
 """
 
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -23,6 +26,8 @@ import psutil
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.213.77"
 TRIES = 5
+MARK = "MANTA_TEST_PODS"
+"""Environment variable that tells the processes of one node's pods."""
 Template = dict[str, Any]
 
 
@@ -73,24 +78,24 @@ class Node:
     def __init__(self, folder: Path, token: str, cache: Path) -> None:
         self._folder, self._token, self._cache = folder, token, cache
         self._pods: list[Pod] = []
-        self._made: list[Path] = []
+        self._remover: subprocess.Popen[str] | None = None
         self._number = 1
         self._bridge = f"manta{os.getpid() % 10_000}"
+        self._mark = secrets.token_hex(8)
 
     @contextmanager
     def up(self) -> Iterator["Node"]:
-        ip("link", "add", self._bridge, "type", "bridge")
-        try:
-            ip("address", "add", f"{NETWORK}.1/24", "dev", self._bridge)
-            ip("link", "set", self._bridge, "up")
-            yield self
-        finally:
-            for pod in reversed(self._pods):
-                end(pod.process)
-                ip("netns", "delete", self._namespace(pod.name), check=False)
-            ip("link", "delete", self._bridge, check=False)
-            for place in sorted(self._made, key=lambda place: -len(place.parts)):
-                place.rmdir()
+        command = [sys.executable, "-m", "tests.k8s.pod_remover", f"{MARK}={self._mark}", self._bridge]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True) as self._remover:
+            ip("link", "add", self._bridge, "type", "bridge")
+            try:
+                ip("address", "add", f"{NETWORK}.1/24", "dev", self._bridge)
+                ip("link", "set", self._bridge, "up")
+                yield self
+            finally:
+                for pod in reversed(self._pods):
+                    end(pod.process)
+        # Popen has closed the pipe and waited: everything else is gone too
 
     def start(self, name: str, group: dict[str, Any], *, config: str, head: str | None = None) -> Pod:
         """A pod whose Ray runs. One that did not start is made again, as the operator does: on a busy machine Ray may give up."""
@@ -151,6 +156,7 @@ class Node:
             for each in template["spec"]["containers"][0]["env"]
         }
         return {
+            MARK: self._mark,
             **image,
             **operator,
             "OMP_NUM_THREADS": "2",
@@ -180,8 +186,11 @@ class Node:
     def _make(self, place: Path) -> None:
         """A mount point on this machine, where it has none; removed in the end."""
         missing = [each for each in (place, *place.parents) if not each.exists()]
+        assert self._remover is not None
+        assert self._remover.stdin is not None
+        for each in missing:
+            print(each, file=self._remover.stdin, flush=True)
         place.mkdir(parents=True, exist_ok=True)
-        self._made += missing
 
 
 def ip(*arguments: str, check: bool = True) -> None:
