@@ -20,6 +20,12 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ASKED = {"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 32}
 MANTA = (sys.executable, "-m", "serve")
+DRAINING = """
+import os, ray, ray.serve
+from serve.deployment import APP, FRONTS
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+ray.serve.get_deployment_handle(FRONTS, APP).broadcast("drain").results(timeout_s=30)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,18 @@ def test_up_status_up_again_and_down(demo_folder: Path) -> None:
         assert refused.returncode == 1
         assert "the cluster has no application 'manta'" in refused.stderr
         eventually(lambda: not any("EngineDeployment" in process.name() for process in head.descendants), 60)
+
+
+def test_an_application_whose_removal_was_killed_before_its_order_is_replaced_by_the_same(demo_folder: Path) -> None:
+    http, grpc = free_ports(2)
+    up = (*MANTA, "up", str(demo_folder), *settings(f"http.port={http}", f"grpc.port={grpc}", "model.name=demo"))
+    with ray_head(dashboard=False) as head:
+        head.run(*up, timeout_s=400)
+        head.run(sys.executable, "-c", DRAINING)
+        eventually(lambda: not ready(http), 30)
+        head.run(*up, timeout_s=400)
+        eventually(lambda: ready(http), 30)
+        assert "Paris" in answer(http)
 
 
 def test_streams_of_a_removed_application_end_in_order_even_if_its_removal_is_killed(demo_folder: Path) -> None:
