@@ -4,8 +4,8 @@
 
 The target model is the demo model plus layers that add nothing (their outputs are multiplied by 0): it gives the same answers as the demo
 model at a higher cost. So the demo model is a perfect draft model for it, and the demo model's first few layers are a bad one. How often
-real pairs agree is shown by the metric ``manta_held_tokens_total``; here the acceptance rate is known, so that the cost of speculation
-can be measured.
+real pairs agree is shown by the metric ``manta_accepted_draft_tokens_total``; here the acceptance rate is known, so that the cost of
+speculation can be measured.
 """
 
 import argparse

@@ -163,7 +163,7 @@ SAMPLED_TOKENS = _count("manta_sampled_tokens", "Sampled tokens.")
 DRAFTED_TOKENS = _count(
     "manta_draft_tokens", "Draft tokens that were verified (speculative decoding).", "vllm:spec_decode_num_draft_tokens"
 )
-HELD_TOKENS = _count("manta_held_tokens", "Accepted draft tokens.", "vllm:spec_decode_num_accepted_tokens")
+ACCEPTED_TOKENS = _count("manta_accepted_draft_tokens", "Accepted draft tokens.", "vllm:spec_decode_num_accepted_tokens")
 WORKER_LOSSES = _count("manta_worker_losses", "Losses after which all ranks were restarted.")
 EXPERT_MOVES = _count("manta_expert_moves", "Copies of routed experts moved between ranks.")
 EXPERT_IMBALANCE = _gauge("manta_expert_imbalance_ratio", "Expert load of the busiest rank divided by the mean, in the worst layer.")

@@ -103,7 +103,7 @@ def _engine_values(stats: EngineStats) -> dict[Metric, float]:
         names.COMPUTED_TOKENS: stats.computed_tokens,
         names.SAMPLED_TOKENS: stats.sampled_tokens,
         names.DRAFTED_TOKENS: stats.drafted_tokens,
-        names.HELD_TOKENS: stats.accepted_tokens,
+        names.ACCEPTED_TOKENS: stats.accepted_tokens,
         names.WORKER_LOSSES: stats.num_losses,
         names.EXPERT_MOVES: stats.expert_moves,
         names.EXPERT_IMBALANCE: stats.expert_imbalance,
