@@ -12,7 +12,9 @@ from serve.commands.settings import exit_with_error
 if TYPE_CHECKING:
     from manta_client import CallFailed, Client, MantaError
 
-HINT = "Ctrl-C stops an answer, /reset starts a new conversation, Ctrl-D exits."
+HINT = "Ctrl-C stops an answer, /reset starts a new conversation, Ctrl-D or /exit exits."
+EXITS = ("/exit", "/quit", "/bye")
+"""`HINT` names the first; the others are what similar programs call it."""
 
 
 def chat(
@@ -22,6 +24,7 @@ def chat(
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", "-e", envvar="MANTA_ENDPOINT", help="grpc://host:port or grpcs://host:port.")
     ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="API key; by default $MANTA_API_KEY.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model name; needed only if several are served.")] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")] = None,
@@ -44,10 +47,10 @@ def chat(
     if prompt is None and not sys.stdin.isatty():
         piped_in = sys.stdin.buffer.read().decode(errors="replace").strip()
         prompt = piped_in or exit_with_error("nothing was piped in, and no prompt was given")
-    place, conversation = endpoint or DEFAULT, None
-    notice = LossNotice(place)
+    place = endpoint or DEFAULT
+    notice = LossNotice(place, sends_key=bool(api_key or os.environ.get("MANTA_API_KEY")))
     try:
-        with Client(endpoint, on_retry=notice) as client:
+        with Client(endpoint, api_key=api_key, on_retry=notice) as client:
             conversation = Conversation(client=client, model=model, system=as_text(system), options=options, notice=notice)
             if prompt is None:
                 converse(conversation)
@@ -63,9 +66,10 @@ class LossNotice:
     PATIENCE = 2
     """Failed attempts in a row before anything is said. The first is made within half a second, and is enough for a lost front."""
 
-    def __init__(self, place: str) -> None:
-        """``place``: the endpoint."""
+    def __init__(self, place: str, *, sends_key: bool = False) -> None:
+        """``place``: the endpoint. ``sends_key``: whether the client sends an API key."""
         self._place = place
+        self._sends_key = sends_key
         self.begun = False
         """Whether the latest answer has begun."""
         self._said = False
@@ -84,8 +88,10 @@ class LossNotice:
 
     def explain(self, error: "MantaError") -> str:
         """What the user is told when a question fails."""
-        from manta_client import Unavailable
+        from manta_client import AuthenticationFailed, Unavailable
 
+        if isinstance(error, AuthenticationFailed):  # the server's own message names the header, which nobody types here
+            return f"the server at {self._place} needs {'another' if self._sends_key else 'an'} API key: --api-key, or MANTA_API_KEY"
         if not isinstance(error, Unavailable) or error.reason is not None:  # a server answered
             return str(error)
         cause = _cause(error.message)
@@ -158,7 +164,10 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-    """Read questions from the terminal until Ctrl-D. One that fails stands in the next line, to be edited or asked again."""
+    """Read questions from the terminal until Ctrl-D or one of `EXITS`.
+
+    A question that fails stands in the next line, to be edited or asked again.
+    """
     from manta_client import MantaError
 
     typer.echo(HINT)
@@ -172,9 +181,13 @@ def converse(conversation: Conversation) -> None:
         except EOFError:
             return typer.echo()
         draft = ""
+        if question in EXITS:
+            return None
         if question == "/reset":
             conversation.reset()
             typer.echo("Forgotten.")
+        elif question in ("/help", "/?"):
+            typer.echo(HINT)
         elif question:
             try:
                 conversation.ask(question)

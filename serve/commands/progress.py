@@ -27,7 +27,7 @@ def progress_shown() -> Iterator[Report]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=1.0)
+        task = bars.add_task("starting", total=1.0)  # until the first report: importing torch or ray takes seconds
         yield lambda doing, done: bars.update(task, description=doing, completed=done)
 
 

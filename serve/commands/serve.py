@@ -159,22 +159,29 @@ def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str, las
     script = f'from manta_client import Client; print(Client("{grpc}").chat.create({model}messages={messages}).text)'
     chosen = "" if len(names) == 1 else f" --model {shlex.quote(names[0])}"
     elsewhere = "" if grpc == "grpc://127.0.0.1:9000" else f" --endpoint {grpc}"
+    keyed = config.auth.keys_file is not None
+    header = ' -H "authorization: Bearer $MANTA_API_KEY"' if keyed else ""
     served = "\n".join(f"Manta serves {name}: {_shape(one)}" for name, one in zip(names, config.each_model(), strict=True))
     return f"""
 {served}
   HTTP  {http}/v1   (OpenAI's API)
   gRPC  {grpc}
 
-Ask it, from another terminal:
+Ask it, from another terminal{_key_hint(config, program) if keyed else ""}:
 
   {program} chat{chosen}{elsewhere} "{QUESTION}"
 
-  curl -s {http}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+  curl -s {http}/v1/chat/completions -H 'content-type: application/json'{header} -d {shlex.quote(body)}
 
   {_python(program)} -c {shlex.quote(script)}
 
 {last}
 """
+
+
+def _key_hint(config: "ServeConfig", program: str) -> str:
+    """Where the key comes from that the commands to paste need."""
+    return f", with MANTA_API_KEY set to a key (`{program} keys create --file {shlex.quote(str(config.auth.keys_file))}` makes one)"
 
 
 def _shape(config: "ServeConfig") -> str:

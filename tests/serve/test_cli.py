@@ -16,14 +16,15 @@ import pytest
 import yaml
 from grpc import StatusCode
 from manta_client.endpoint import Endpoint
+from manta_client.testing import FakeServer
 from typer.testing import CliRunner, Result
 
 from serve.cli import app
-from serve.commands.chat import Conversation, LossNotice, _cause, converse
+from serve.commands.chat import HINT, Conversation, LossNotice, _cause, converse
 from serve.commands.flag_hints import HINTS
 from serve.commands.flags import APP, SERVER
 from serve.commands.serve import greeting
-from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
+from serve.config import AuthSettings, GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
 from serve.config_sources import known_settings
 
 COMMANDS = ("serve", "chat", "config", "demo-model")
@@ -120,6 +121,16 @@ def test_the_greeting_has_lines_that_can_be_pasted(tmp_path: Path) -> None:
     assert 'Client("grpc://127.0.0.1:9001")' in script.stdout
 
 
+def test_the_greeting_of_a_server_with_keys_says_where_the_commands_get_theirs() -> None:
+    told = greeting(ServeConfig(auth=AuthSettings(keys_file="my keys.json")), ["one"], program="manta")
+    assert "with MANTA_API_KEY set to a key (`manta keys create --file 'my keys.json'` makes one):" in told
+    (curl,) = (line for line in told.splitlines() if line.startswith("  curl"))
+    pasted = f"export MANTA_API_KEY=manta-1; curl() {{ printf '%s\\n' \"$@\"; }}; {curl}"
+    shown = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True)
+    assert "authorization: Bearer manta-1" in shown.stdout.splitlines()
+    assert "KEY" not in greeting(ServeConfig(), ["one"], program="manta")
+
+
 class ScriptedStream:
     """An answer of three deltas; at "stop me" the user presses Ctrl-C after the first."""
 
@@ -166,7 +177,7 @@ class ScriptedClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> ScriptedClient:
     client = ScriptedClient()
-    monkeypatch.setattr(manta_client, "Client", lambda _endpoint, on_retry: client)
+    monkeypatch.setattr(manta_client, "Client", lambda _endpoint, api_key, on_retry: client)
     return client
 
 
@@ -223,6 +234,20 @@ def test_a_server_that_is_lost_in_an_answer_is_told_on_a_line_of_its_own(client:
 def test_why_no_server_answers_is_told_in_few_words(message: str, cause: str) -> None:
     assert _cause(message).startswith(cause)
     assert not _cause(message).endswith("]")
+
+
+def test_chat_sends_its_key_and_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MANTA_API_KEY", raising=False)
+    with FakeServer(api_key="manta-right") as server:
+        server.say("Welcome.", "Welcome.")
+        ask = ("chat", "Hi", "--endpoint", server.endpoint)
+        needs = f"manta: the server at {server.endpoint} needs {{}} API key: --api-key, or MANTA_API_KEY\n"
+        assert (done := manta(*ask)).exit_code == 1
+        assert done.output == needs.format("an")
+        assert manta(*ask, "--api-key", "manta-wrong").output == needs.format("another")
+        assert manta(*ask, "--api-key", "manta-right").output == "Welcome.\n"
+        monkeypatch.setenv("MANTA_API_KEY", "manta-right")
+        assert manta(*ask).output == "Welcome.\n"
 
 
 def test_chat_without_a_server_says_so_without_a_traceback() -> None:
@@ -287,6 +312,16 @@ def test_a_question_whose_answer_is_lost_stands_in_the_next_line(
     converse(conversation)
     assert drafts == ["", "lose", ""]
     assert "the server at grpc://here:1 was lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
+def test_a_conversation_ends_by_a_word_and_help_is_not_sent_to_the_model(
+    word: str, conversation: Conversation, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "/help", "/?", word, "never read")
+    converse(conversation)
+    assert client.asked == []
+    assert capsys.readouterr().out == f"{HINT}\n" * 3
 
 
 def test_a_line_begins_with_its_draft(monkeypatch: pytest.MonkeyPatch) -> None:

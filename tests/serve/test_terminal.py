@@ -18,6 +18,7 @@ from serve.bench.report import table_of as engine_table
 from serve.bench.workload import WORKLOADS
 from serve.cli import app
 from serve.commands.batch import progress_of as batch_progress
+from serve.commands.progress import progress_shown
 from serve.config_docs import as_yaml, explain
 from serve.config_sources import load
 from serve.load.client import Answer
@@ -166,3 +167,12 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term: str, draws: boo
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("TERM", term)
     assert can_redraw() is draws
+
+
+def test_a_bar_says_what_happens_before_the_first_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Importing torch or ray takes seconds, in which it showed nothing but 0 %."""
+    monkeypatch.setattr("serve.terminal.can_redraw", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_shown() as report:
+        report("loading", 0.5)
+    assert "starting" in capsys.readouterr().err
