@@ -93,7 +93,7 @@ struct Int8 {
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead) const {
         const auto products = [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
                 unrolled<P>([&](auto p) INLINED {
@@ -119,7 +119,7 @@ template <class Scales> struct Int4Of {
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead) const {
         const Ints mask = broadcast_int(0x000f000f);
         const auto products = [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
@@ -199,7 +199,7 @@ struct Int8Dot {
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
 #if defined(__AMX_TILE__)
         if constexpr (R > VECTOR_ROWS) multiply_tiles<R>(rows, panel, k0, k1, initial, sums, stride, ahead);
         else
@@ -209,7 +209,7 @@ struct Int8Dot {
 
 private:
     template <int R, int P>
-    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         StridedRows<R, int8_t> x(rows, k0);
         const auto products = [&](long g, Ints (&sum)[R][P][2]) INLINED {
             long k = g * ROW_GROUP;
@@ -217,8 +217,8 @@ private:
                 unrolled<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
                     if (R <= 2 || P == 1) {  // for others prefetching costs more than it saves (measured)
-                        prefetch_l2(at + ahead * PANEL);
-                        prefetch_l2(at + ahead * PANEL + 4 * LANES);
+                        prefetch_l2(at + ahead.inputs * PANEL);
+                        prefetch_l2(at + ahead.inputs * PANEL + 4 * LANES);
                     }
                     add_four<R, P>(x, load_ints(at), load_ints(at + 4 * LANES), sum, p);
                 });
@@ -235,14 +235,13 @@ private:
 #if defined(__AMX_TILE__)
     // The same numbers by tiles.
     template <int R>
-    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         alignas(64) int32_t sum[R][PANEL];
         alignas(64) float total[R][PANEL];
         for (int r = 0; r < R; ++r) unrolled<2>([&](auto h) INLINED { store(total[r] + h * LANES, initial.load(r, 0, h)); });
         for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
             const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
-            if (ahead)
-                for (long line = 0; line < ROW_GROUP * PANEL; line += TILE_BYTES) prefetch_l2(w + ahead * PANEL + line);
+            ahead.prefetch(w + ahead.inputs * PANEL, ROW_GROUP * PANEL);
             multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[0]);
             const uint16_t* at = scales + (panel * (K / ROW_GROUP) + g) * PANEL;
             const Floats scale[2] = {halves_to_floats(at), halves_to_floats(at + LANES)};
@@ -306,7 +305,7 @@ template <class Scales, long GROUP> struct Int4DotOf {
     // Work per group matters most with many rows, so a group ends with a single multiply-add of its sum and its scale. The row's scale is applied
     // once per ROW_GROUP inputs.
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
 #if defined(__AMX_TILE__)
         if constexpr (R > VECTOR_ROWS_INT4) multiply_tiles<R>(rows, panel, k0, k1, initial, sums, stride, ahead);
         else
@@ -318,7 +317,7 @@ private:
 #if defined(__AMX_TILE__)
     // The same numbers by tiles. Weights are unpacked to bytes once for all rows.
     template <int R>
-    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         constexpr long MOST = ROW_GROUP / GROUP;  // groups of weights per group of a row
         alignas(64) uint8_t bytes[ROW_GROUP * PANEL];
         alignas(64) int32_t sum[MOST][R][PANEL];
@@ -326,9 +325,9 @@ private:
         for (long k = k0; k < k1; k += ROW_GROUP) {
             const long num_inputs = std::min(ROW_GROUP, k1 - k), num_groups = num_inputs / GROUP, g = k / GROUP;
             const uint8_t* w = weights + (panel * K + k) * (PANEL / 2);
+            ahead.prefetch(w + ahead.inputs * PANEL / 2, num_inputs * PANEL / 2);
             for (long at = 0; at < num_inputs * PANEL / 2; at += TILE_BYTES) {  // of 32 outputs, the lower halves, then the upper ones
                 const Ints words = load_ints(w + at);
-                if (ahead) prefetch_l2(w + at + ahead * PANEL / 2);
                 uint8_t* to = bytes + at / (2 * TILE_BYTES) * (4 * TILE_BYTES) + at % (2 * TILE_BYTES);
                 store((float*)to, as_floats(bit_and(words, mask)));
                 store((float*)(to + 2 * TILE_BYTES), as_floats(bit_and(shift_right<4>(words), mask)));
@@ -357,7 +356,7 @@ private:
 #endif
 
     template <int R, int P>
-    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    INLINE void multiply_vectors(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         const Ints mask = broadcast_int(0x0f0f0f0f);
         StridedRows<R, int8_t> x(rows, k0);
         Floats total[R][P][2];
@@ -368,7 +367,7 @@ private:
                 unrolled<2>([&](auto s) INLINED {
                     unrolled<P>([&](auto p) INLINED {
                         const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
-                        prefetch_l2(at + ahead * PANEL / 2 + 4 * LANES * s);
+                        prefetch_l2(at + ahead.inputs * PANEL / 2 + 4 * LANES * s);
                         const Ints first = bit_and(shift_right<4 * s>(load_ints(at)), mask);
                         const Ints second = bit_and(shift_right<4 * s>(load_ints(at + 4 * LANES)), mask);
                         add_four<R, P>(x, first, second, sum, p);

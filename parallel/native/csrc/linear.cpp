@@ -70,11 +70,11 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     for (long e = 0; e < num_experts; ++e) total += counts[e];
     const Rows<W> all_rows = rows_of<W>(x, num_rows, D, outer, group, threads);
     std::vector<typename W::Row> chosen(all_rows.rows);
-    std::vector<char> room;
+    std::unique_ptr<AlignedBuffer<char>> room;
     if (rows_of_x) {
         chosen.resize(total);
         for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of_x[a]];
-        gather_rows(chosen, outer, room);
+        gather_rows(chosen, outer, room, threads);
     }
     // With many rows, silu(gate) * up is computed from sums that are still in a near cache. With few, long runs of weights are read faster.
     const bool few = total <= MAX_TILE_ROWS * num_experts;

@@ -18,7 +18,11 @@ constexpr int PANEL = 2 * LANES;
 constexpr int CHUNK = 4;        // panels per task with few rows
 constexpr int WIDE_CHUNK = 8;   // and with many rows, which are then read less often
 constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // a panel's slice stays in a near cache while all rows are multiplied with it
+#if defined(__AMX_TILE__)
+constexpr long ROW_BLOCK = 128;  // tiles multiply so fast that rereading weights shows
+#else
 constexpr long ROW_BLOCK = 96;
+#endif
 constexpr long MIN_TASKS_PER_THREAD = 8;  // with fewer, chunks are made smaller so that the threads finish together
 constexpr long SMALL_TASK = 1 << 18;      // size of such a chunk: rows * inputs * panels
 constexpr long FILL_WIDTH = 128;          // a row is filled so many numbers at a time
@@ -45,11 +49,24 @@ struct InitialSums {
 };
 alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that a tile has
 
+// What a tile prefetches while it reads weights: those that lie `inputs` input features (counted through adjacent panels) behind; 0: nothing. If the
+// same weights are multiplied with several parts of the rows, each part prefetches its share, so that memory is read all the time.
+struct Ahead {
+    long inputs;
+    int part = 0, parts = 1;
+
+    INLINE void prefetch(const void* at, long bytes) const {
+        if (!inputs) return;
+        const long lines = bytes / 64, last = (part + 1) * lines / parts;
+        for (long line = part * lines / parts; line < last; ++line) prefetch_l2((const char*)at + line * 64);
+    }
+};
+
 // Interface of weight kinds (FloatProduct, Bf16Dot, and those of integers.h):
 // - `Row` is a row of x in the form that is multiplied. A class of rows is constructed with (count, K, padded K, group) and filled FILL_WIDTH numbers
 //   of a row at a time.
-// - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`. It may prefetch what lies
-//   `ahead` input features (counted through adjacent panels) behind what it reads.
+// - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`, and
+//   prefetches what lies `ahead` as far as that pays.
 // - `tile_bytes`, of kinds that use tiles: the bytes of inputs that products of so many rows take at a time; 0: these rows are multiplied by vectors.
 // - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
 //   the next panel is prefetched; with more parts, each part is multiplied with all panels.
@@ -79,14 +96,15 @@ public:
 };
 
 // Copies selected rows to `room`, `padded` numbers each, so that they are at equal distances again. Kinds that do not need it keep their rows.
-template <class Row> static inline void gather_rows(std::vector<Row>& rows, long padded, std::vector<char>& room) {
+template <class Row> static inline void gather_rows(std::vector<Row>& rows, long padded, std::unique_ptr<AlignedBuffer<char>>& room, int threads) {
     if constexpr (Row::STRIDED) {
-        const size_t bytes = padded * sizeof(*rows[0].x);
-        room.resize(rows.size() * bytes);
-        for (size_t r = 0; r < rows.size(); ++r) {
-            memcpy(&room[r * bytes], rows[r].x, bytes);
-            rows[r].x = (decltype(rows[r].x))&room[r * bytes];
-        }
+        const long bytes = padded * sizeof(*rows[0].x), count = rows.size();
+        room = std::make_unique<AlignedBuffer<char>>(count * bytes);
+        parallel_for(count, count * padded > SERIAL_NUMBERS ? threads : 1, [&](long r) {
+            char* to = &(*room)[r * bytes];
+            memcpy(to, rows[r].x, bytes);
+            rows[r].x = (decltype(rows[r].x))to;
+        });
     }
 }
 
@@ -138,7 +156,7 @@ template <class Stored> struct FloatProduct {
     }
 
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead) const {
         Floats sum[R][P][2];
         const Number* w[P];
         const float* x[R];
@@ -185,7 +203,7 @@ struct Bf16Dot {
     using Row = Bf16Row;
     static constexpr int tile_bytes(int) { return TILE_BYTES; }
     static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
-    static constexpr long PANEL_MAJOR_PARTS = 3;
+    static constexpr long PANEL_MAJOR_PARTS = 4;
     static constexpr long STEP = 32;  // inputs of a product of tiles
     static_assert(K_BLOCK % STEP == 0, "only the last step may be short, however the inputs are divided");
 
@@ -193,7 +211,7 @@ struct Bf16Dot {
 
     // All numbers of rows are multiplied by tiles, however few rows there are: these sum in another order than vectors do.
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         static_assert(P == 1 || R <= TILE_SIDE);
         constexpr bool HAS_SECOND = R > TILE_SIDE;  // rows from 16 on are in tiles of their own
         const long x_stride = R > 1 ? (rows[R > 1 ? 1 : 0].x - rows[0].x) * long(sizeof(*rows[0].x)) : 0;
@@ -220,11 +238,7 @@ struct Bf16Dot {
         };
         long k = k0;
         for (; k + STEP <= k1; k += STEP) {
-            if (ahead)
-                unrolled<P>([&](auto p) INLINED {
-                    for (long number = 0; number < STEP * PANEL; number += TILE_BYTES / 2)
-                        prefetch_l2(w + p * K * PANEL + (k + ahead) * PANEL + number);
-                });
+            unrolled<P>([&](auto p) INLINED { ahead.prefetch(w + p * K * PANEL + (k + ahead.inputs) * PANEL, STEP * PANEL * sizeof(*w)); });
             step(rows[0].x + k, x_stride, w + k * PANEL, K * PANEL);
         }
         if (k < k1) {  // fewer than STEP inputs are left: both sides are filled up with zeros
@@ -247,7 +261,7 @@ struct Bf16Dot {
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
     template <int R, int P>
-    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, long ahead) const {
+    void tile(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
         Floats sum[R][P][2];
         const uint16_t* w[P];
         StridedRows<R, uint16_t> x(rows, k0);
@@ -260,8 +274,8 @@ struct Bf16Dot {
             unrolled<P>([&](auto p) INLINED {
                 const uint16_t* at = w[p] + k * PANEL;
                 if (R <= 2 || R == 7 || R == 8) {  // for other numbers of rows prefetching costs more than it saves (measured)
-                    prefetch_l2(at + ahead * PANEL);
-                    prefetch_l2(at + (ahead + 1) * PANEL);
+                    prefetch_l2(at + ahead.inputs * PANEL);
+                    prefetch_l2(at + (ahead.inputs + 1) * PANEL);
                 }
                 unrolled<2>([&](auto h) INLINED { pairs[p][h] = load_ints(at + h * 2 * LANES); });
             });
@@ -307,6 +321,7 @@ constexpr long ADJACENT = INT64_MIN;
 
 // The tiles of this thread while products of W use them, configured for their number of rows. Nothing for a W that is multiplied by vectors.
 template <class W, class = void> struct TilesFor {
+    static constexpr bool ARE_USED = false;
     void configure(int) {}
 };
 #if defined(__AMX_TILE__)
@@ -314,6 +329,7 @@ template <class W> class TilesFor<W, std::void_t<decltype(W::tile_bytes(1))>> {
     int rows = 0;
 
 public:
+    static constexpr bool ARE_USED = true;
     void configure(int wanted) {
         if (wanted != rows && W::tile_bytes(wanted)) configure_tiles(rows = wanted, W::tile_bytes(wanted));
     }
@@ -340,7 +356,7 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
             tiles.configure(R);
             const auto pass = [&](auto wide, long p) {
                 const bool is_last = p + wide.value == panels;
-                const long ahead = (is_last && next != ADJACENT ? next : long(wide.value)) * w.K;
+                const Ahead ahead{(is_last && next != ADJACENT ? next : long(wide.value)) * w.K};
                 w.template tile<R, wide.value>(rows, panel + p, 0, w.K, initial_of(p), sums + p * PANEL, stride, ahead);
             };
             long p = 0;
@@ -353,7 +369,7 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
         return;
     }
     const auto rows_at = [&](long part) { return part * count / row_parts; };
-    const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
+    const auto pass = [&](long part, long p, long k0, long k1, Ahead ahead) {
         const long first = rows_at(part);
         float* to = sums + first * stride + p * PANEL;
         dispatch_rows<W::PART_ROWS>(rows_at(part + 1) - first, [&](auto num_rows) {
@@ -366,11 +382,14 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
         if (row_parts <= W::PANEL_MAJOR_PARTS)
             for (long p = 0; p < panels; ++p) {
                 const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
-                for (long part = 0; part < row_parts; ++part) pass(part, p, k0, k1, part + 1 < row_parts ? 0 : next);
+                for (long part = 0; part < row_parts; ++part) {
+                    if (TilesFor<W>::ARE_USED) pass(part, p, k0, k1, {next, int(part), int(row_parts)});
+                    else pass(part, p, k0, k1, {part + 1 < row_parts ? 0 : next});
+                }
             }
         else
             for (long part = 0; part < row_parts; ++part)
-                for (long p = 0; p < panels; ++p) pass(part, p, k0, k1, 0);
+                for (long p = 0; p < panels; ++p) pass(part, p, k0, k1, {0});
     }
 }
 

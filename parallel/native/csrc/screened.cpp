@@ -236,9 +236,9 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
     parallel_for_prefetching(num_panels, threads, [&](long i, long next) {
         const long panel = candidate_panels[i], count = rows_of_panel[panel].size();
         std::vector<Bf16Row> chosen;
-        std::vector<char> room;
+        std::unique_ptr<AlignedBuffer<char>> room;
         for (int32_t t : rows_of_panel[panel]) chosen.push_back(exact.rows[t]);
-        if (count > 1) gather_rows(chosen, padded, room);
+        if (count > 1) gather_rows(chosen, padded, room, 1);
         AlignedBuffer<float> sums(count * PANEL);
         multiply_panels(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_panels ? candidate_panels[next] - panel : 0);
         for (long r = 0; r < count; ++r)

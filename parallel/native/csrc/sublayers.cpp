@@ -120,6 +120,46 @@ struct AllReduce {
         return all_reduce(exchange, x, count);
     }
 };
+
+// See manta_weighted_experts. `finish(n, row)` is called for each row of `out` while it is in a near cache.
+template <class Finish>
+long weighted_experts(const Experts& all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads,
+                      Finish finish) {
+    const auto& [run, up, up_scales, down, down_scales, count, width, outer, I, inner, group] = all;
+    const long D = width;  // lambdas of C++17 cannot capture structured bindings
+    std::vector<int64_t> counts(count), used;
+    long total = 0;
+    for (long a = 0; a < N * A; ++a) {
+        if (ids[a] < 0) continue;
+        if (ids[a] >= count || !up[ids[a]]) return ids[a];
+        ++counts[ids[a]];
+        ++total;
+    }
+    std::vector<long> next(count), row_of(N * A, -1);
+    std::vector<const void*> ups, up_scale, downs, down_scale;
+    long first = 0;
+    for (long e = 0; e < count; first += counts[e++]) {
+        next[e] = first;
+        if (!counts[e]) continue;
+        used.push_back(counts[e]);
+        ups.push_back(up[e]); up_scale.push_back(up_scales[e]); downs.push_back(down[e]); down_scale.push_back(down_scales[e]);
+    }
+    std::vector<int64_t> rows(total);
+    for (long a = 0; a < N * A; ++a)
+        if (ids[a] >= 0) rows[row_of[a] = next[ids[a]]++] = a / A;
+    AlignedBuffer<float> y(total * D);
+    if (total)
+        run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
+            threads);
+    parallel_for(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
+        float* to = out + n * D;
+        memset(to, 0, sizeof(float) * D);
+        for (long a = n * A; a < (n + 1) * A; ++a)
+            if (row_of[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[row_of[a] * D + i];
+        finish(n, to);
+    });
+    return -1;
+}
 }  // namespace
 
 extern "C" {
@@ -157,48 +197,17 @@ void manta_mlp_sublayer(const MlpSublayer* sublayer, float* x, const float* delt
 // out (N, D): for each row of x, the weighted sum of its experts, in the order of ids and weights (N, A). A negative id is computed elsewhere and
 // adds nothing. Returns -1, or the id of an expert that is not held here; then nothing was computed.
 long manta_weighted_experts(const Experts* all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads) {
-    const auto& [run, up, up_scales, down, down_scales, count, width, outer, I, inner, group] = *all;
-    const long D = width;  // lambdas of C++17 cannot capture structured bindings
-    std::vector<int64_t> counts(count), used;
-    long total = 0;
-    for (long a = 0; a < N * A; ++a) {
-        if (ids[a] < 0) continue;
-        if (ids[a] >= count || !up[ids[a]]) return ids[a];
-        ++counts[ids[a]];
-        ++total;
-    }
-    std::vector<long> next(count), row_of(N * A, -1);
-    std::vector<const void*> ups, up_scale, downs, down_scale;
-    long first = 0;
-    for (long e = 0; e < count; first += counts[e++]) {
-        next[e] = first;
-        if (!counts[e]) continue;
-        used.push_back(counts[e]);
-        ups.push_back(up[e]); up_scale.push_back(up_scales[e]); downs.push_back(down[e]); down_scale.push_back(down_scales[e]);
-    }
-    std::vector<int64_t> rows(total);
-    for (long a = 0; a < N * A; ++a)
-        if (ids[a] >= 0) rows[row_of[a] = next[ids[a]]++] = a / A;
-    AlignedBuffer<float> y(total * D);
-    if (total)
-        run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
-            threads);
-    parallel_for(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
-        float* to = out + n * D;
-        memset(to, 0, sizeof(float) * D);
-        for (long a = n * A; a < (n + 1) * A; ++a)
-            if (row_of[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[row_of[a] * D + i];
-    });
-    return -1;
+    return weighted_experts(*all, x, ids, weights, out, N, A, threads, [](long, float*) {});
 }
 
 // The top A of E experts by their logits, and their probabilities by a softmax over all experts; the first among equals.
-static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights) {
-    std::vector<float> probabilities(logits, logits + E);
+static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights, std::vector<float>& probabilities,
+                   std::vector<char>& taken) {
+    probabilities.assign(logits, logits + E);
     const float most = *std::max_element(probabilities.begin(), probabilities.end());
     float total = 0, chosen = 0;
     for (float& each : probabilities) total += each = std::exp(each - most);
-    std::vector<bool> taken(E);
+    taken.assign(E, false);
     for (long a = 0; a < A; ++a) {
         long best = -1;
         for (long e = 0; e < E; ++e)
@@ -220,15 +229,19 @@ long manta_moe_sublayer(const MoeSublayer* sublayer, float* x, const float* delt
     AlignedBuffer<int64_t> ids(T * A);
     norm.add(x, delta, &normed[0], T, D, threads);
     router.multiply(&normed[0], &logits[0], T, threads);
-    for (long t = 0; t < T; ++t) choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A]);
-    if (const long missing = manta_weighted_experts(&experts, &normed[0], &ids[0], &weights[0], out, T, A, threads); missing >= 0) return missing;
+    constexpr long ROWS_AT_ONCE = 32;
+    parallel_for((T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, T * E > SERIAL_NUMBERS / 8 ? threads : 1, [&](long part) {
+        std::vector<float> probabilities;
+        std::vector<char> taken;
+        for (long t = part * ROWS_AT_ONCE; t < std::min(T, (part + 1) * ROWS_AT_ONCE); ++t)
+            choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A], probabilities, taken);
+    });
     shared_gate.multiply(&normed[0], &gates[0], T, threads);
     shared.run(&normed[0], &shared_out[0], T, threads);
-    parallel_for(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+    return weighted_experts(experts, &normed[0], &ids[0], &weights[0], out, T, A, threads, [&](long t, float* row) {
         const float gate = 1 / (1 + std::exp(-gates[t]));
-        for (long i = 0; i < D; ++i) out[t * D + i] += gate * shared_out[t * D + i];
+        for (long i = 0; i < D; ++i) row[i] += gate * shared_out[t * D + i];
     });
-    return -1;
 }
 
 // Runs x (T, D) through all layers; what is then still to be added to x is left in delta (T, D). Returns 0 on success, a positive Outcome of
