@@ -54,11 +54,11 @@ def test_during_the_start_the_first_interrupts(stop: StopSignals) -> None:
 @pytest.mark.parametrize("restores_in_time", [False, True])
 def test_a_process_that_has_not_cleaned_up_is_ended(monkeypatch: pytest.MonkeyPatch, restores_in_time: bool) -> None:
     monkeypatch.setattr(stop_signals, "LAST_S", 60.0 if restores_in_time else 0.0)
-    was_ended = threading.Event()
+    handler, threads, was_ended = signal.getsignal(signal.SIGINT), set(threading.enumerate()), threading.Event()
     stop = StopSignals(end_process=was_ended.set)
     stop.starting = False
     with stop.handled():
-        (watching,) = [thread for thread in threading.enumerate() if thread.name == "stop-signals"]
+        (watching,) = [thread for thread in set(threading.enumerate()) - threads if thread.name == "stop-signals"]
         send()
         send()
         with pytest.raises(KeyboardInterrupt):
@@ -67,7 +67,7 @@ def test_a_process_that_has_not_cleaned_up_is_ended(monkeypatch: pytest.MonkeyPa
             assert was_ended.wait(30)
     watching.join(30)
     assert (watching.is_alive(), was_ended.is_set()) == (False, not restores_in_time)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler, "as it was before: other tests in this process may have left theirs"
 
 
 HANGING = """
