@@ -62,7 +62,7 @@ $(READY): pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1" "setuptools>=77"
 	$(PIP) install --progress-bar on -e . -e client
-	@echo "Building the CPU kernels (once; one to two minutes; without a C++ compiler torch's and gloo are used, which are slower)"
+	@echo "Building the CPU kernels (once; about a minute on two cores; without a C++ compiler torch's and gloo are used, which are slower)"
 	-@$(BIN)/python -m parallel.native.library
 	@touch $@
 

@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from parallel.user_cache import cache_folder
+
+MAX_COMPILERS = 8
+"""Compilers at a time, which take up to a gigabyte of memory each."""
 
 
 class Unavailable(Exception):
@@ -29,8 +33,8 @@ def cache_path(name: str, version: str, file: str) -> Path:
     return cache_folder() / name / version / file
 
 
-def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
-    """Compile ``target`` unless it exists. ``command`` returns the command line, given the compiler and the output file.
+def compile_to(target: Path, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Compile the shared library ``target`` unless it exists: sources in parallel, each by itself, then linked. The ``flags`` are for both.
 
     Raises:
         Unavailable: what is missing on this machine, or the compiler's output.
@@ -44,9 +48,17 @@ def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
         raise Unavailable("no C++ compiler found; install g++ or set CXX")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         output = Path(folder) / target.name
-        done = subprocess.run(command(compiler, output), capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise Unavailable(f"{compiler} failed:\n{done.stderr[-4000:]}")
+        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_COMPILERS)) as pool:  # each starts a process and waits for it
+            commands = [[compiler, *flags, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+            list(pool.map(_run, commands))
+        _run([compiler, *flags, "-shared", *objects, "-o", str(output)])
         output.replace(target)  # atomic: other processes see the whole file or none
     return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise Unavailable(f"{command[0]} failed:\n{done.stderr[-4000:]}")

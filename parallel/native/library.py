@@ -1,4 +1,4 @@
-"""Builds and loads the CPU kernels. ``python -m parallel.native.library`` compiles them once per machine, in some seconds.
+"""Builds and loads the CPU kernels. ``python -m parallel.native.library`` compiles them once per machine, in about a minute.
 
 ``--all`` compiles them for every processor variant, next to the sources: for an image that is built on one machine and run on others.
 
@@ -29,7 +29,7 @@ UNUSED_S = 30 * 86_400.0
 """Kernels in the user's cache that were not loaded for this long are removed when others are built: every version of the sources, and so
 every update of Manta, has its own."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 KINDS = ("bf16", "fp32", "int8", "int4", "int4_zeros")
@@ -207,10 +207,9 @@ def build_all() -> list[Path]:
 
 
 def _compiled(variant: str, target: Path | None = None) -> Path:
-    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    flags, path = (*FLAGS, *VARIANTS[variant]), target or built_path(variant)
+    path = target or built_path(variant)
     is_new = not path.exists()
-    built = compile_to(path, lambda compiler, output: [compiler, *flags, *sources, "-o", str(output)])
+    built = compile_to(path, sorted(SOURCES.glob("*.cpp")), (*FLAGS, *VARIANTS[variant]))
     if is_new and target is None:
         remove_unused(path.parent.parent, keep=path.parent, unused_s=UNUSED_S)
     return built

@@ -10,7 +10,7 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
 }
 
 namespace {
-// parallel/native/sublayers.py mirrors the layout of these structs. Function pointers refer to linear.cpp and attention*.cpp.
+// parallel/native/sublayers.py mirrors the layout of these structs. Function pointers refer to linear_*.cpp and attention*.cpp.
 struct Matrix {
     void (*product)(const float*, const void*, const void*, const float*, float*, long, long, long, long, long, int);
     const void *weights, *scales;

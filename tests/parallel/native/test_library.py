@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,11 @@ def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytes
 def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """And says so: nobody would notice otherwise that everything is several times slower."""
 
-    def old_compiler(output: Path, command: Callable[[str, Path], list[str]]) -> Path:
-        if "-mavx512bf16" in command("cc", output):
+    def old_compiler(target: Path, _sources: Sequence[Path], flags: Sequence[str]) -> Path:
+        if "-mavx512bf16" in flags:
             raise Unavailable("unrecognized command-line option")
-        output.touch()
-        return output
+        target.touch()
+        return target
 
     monkeypatch.setattr(library, "usable_variants", lambda: ("avx512_bf16", "avx512_vnni", "avx2"))
     monkeypatch.setattr(library, "built_path", lambda variant: tmp_path / variant)
@@ -64,7 +64,7 @@ def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MANTA_CACHE", raising=False)
 
-    def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:
+    def compiler(target: Path, _sources: Sequence[Path], _flags: Sequence[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
         return target
@@ -87,7 +87,7 @@ def test_what_is_built_is_kept_in_the_cache_that_is_set_and_removes_what_is_old(
     for path in (old, old.parent):
         os.utime(path, (0, 0))
 
-    def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:
+    def compiler(target: Path, _sources: Sequence[Path], _flags: Sequence[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
         return target

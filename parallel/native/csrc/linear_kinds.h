@@ -1,4 +1,5 @@
-// Exported functions for linear.h and integers.h.
+// KIND defines the exported functions of a kind of weights. Each file that uses it is compiled by itself, in parallel: these take longest.
+#pragma once
 #include <type_traits>
 #include "integers.h"
 #include "linear.h"
@@ -170,6 +171,7 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
     return found;
 }
 
+// To be used within extern "C".
 #define KIND(name, W)                                                                                                                              \
     void manta_linear_##name(const float* x, const void* weights, const void* scales, const float* bias, float* y, long T, long K, long padded,    \
                              long group, long N, int threads) {                                                                                    \
@@ -184,25 +186,3 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
                               float* out, long D, long outer, long I, long inner, long group, int threads) {                                       \
         experts<W>(x, num_rows, rows, counts, num_experts, up, up_scales, down, down_scales, out, D, outer, I, inner, group, threads);          \
     }
-
-extern "C" {
-int manta_lanes() { return LANES; }
-KIND(bf16, Bf16Product)
-#if defined(__AVX512BF16__)
-KIND(bf16_dot, Bf16Dot)
-#endif
-KIND(fp32, Fp32Product)
-KIND(int8, Int8)
-KIND(int4, Int4)
-KIND(int4_zeros, Int4Zeros)
-#if defined(__AVX512VNNI__)
-KIND(int8_dot, Int8Dot)
-KIND(int4_dot, Int4Dot)
-KIND(int4_zeros_dot, Int4ZerosDot)
-// x (groups, 128) in place; see rotate_groups.
-void manta_hadamard(float* x, long groups, int back, int threads) {
-    const long parts = (groups + 511) / 512;
-    parallel_for(parts, threads, [&](long part) { rotate_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
-}
-#endif
-}
