@@ -13,7 +13,7 @@ from pathlib import Path
 from parallel.user_cache import cache_folder
 
 MAX_COMPILERS = 8
-"""Compilers at a time, which take up to a gigabyte of memory each."""
+"""Compilers at a time; each takes up to half a gigabyte of memory (g++ 12)."""
 
 
 class Unavailable(Exception):

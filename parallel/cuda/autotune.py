@@ -160,7 +160,7 @@ REPEATS = 25
 CLEARED_BYTES = 256 << 20
 """Overwritten before each run: more than any device's L2 cache holds."""
 CYCLES_PER_S = 2e9
-"""At least as many as a device has."""
+"""About as many as a device has; one with more waits shorter, which the doubled time allows for."""
 
 
 def launch_seconds(run: Callable[[], object]) -> float:
