@@ -175,9 +175,9 @@ class _Front:
             self._tracing = otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio)
             observers.append(self._tracing)
         self._catalog = Catalog([await self._make_service(app, model, names, observers=observers) for model in models])
-        self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics)
-        self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._gate = DrainGate(IdempotentService(self._catalog))
+        self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics, self._gate)
+        self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(self._gate, authenticator=self._authenticator)

@@ -126,7 +126,16 @@ REQUEST_GENERATION_TOKENS = _times(
     "manta_request_generation_tokens", "Generated tokens per request.", "vllm:request_generation_tokens", TOKENS
 )
 FRONT_READY = Metric(
-    name="manta_front_ready", kind=Kind.GAUGE, description="1 while the front can have a request computed.", labels=("front",)
+    name="manta_front_ready",
+    kind=Kind.GAUGE,
+    description="1 while `/readyz` says so: the front can have requests for some model computed, and does not refuse new ones.",
+    labels=("front",),
+)
+FRONT_DRAINING = Metric(
+    name="manta_front_draining",
+    kind=Kind.GAUGE,
+    description="1 while the front refuses new requests, because it is drained or the server is being stopped.",
+    labels=("front",),
 )
 RESUMES = Metric(
     name="manta_resumes",

@@ -32,18 +32,26 @@ class RouterFacts(Protocol):
     def resumes(self) -> ResumePolicy: ...
     @property
     def replicas(self) -> Iterable[ReplicaRecord]: ...
+
+
+class FrontFacts(Protocol):
+    """What the page says about its own front. `serve.drain_gate.DrainGate` is one."""
+
+    draining: bool
+
     def ready(self) -> bool: ...
 
 
 class MetricsPage:
-    def __init__(self, instruments: Instruments, routers: Sequence[RouterFacts], others: OtherFronts) -> None:
+    def __init__(self, instruments: Instruments, routers: Sequence[RouterFacts], others: OtherFronts, front: FrontFacts) -> None:
         """``routers``: one for each model."""
-        self._instruments, self._routers, self._others = instruments, routers, others
+        self._instruments, self._routers, self._others, self._front = instruments, routers, others, front
         self._counted: Counter[tuple[Metric, tuple[tuple[str, str], ...]]] = Counter()
 
     def own(self) -> Snapshot:
         """The snapshot of this front, which it also publishes for the other fronts."""
-        self._instruments.set(names.FRONT_READY, float(all(router.ready() for router in self._routers)))
+        self._instruments.set(names.FRONT_READY, float(self._front.ready()))
+        self._instruments.set(names.FRONT_DRAINING, float(self._front.draining))
         self._count_resumes()
         return self._instruments.snapshot()
 

@@ -1,4 +1,4 @@
-"""Collect the state of a Ray cluster for `manta status`: hosts, applications, replicas and latencies. Read-only."""
+"""Collect the state of a Ray cluster for `manta status`: hosts, applications, fronts, replicas and latencies. Read-only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +42,20 @@ class AppView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontView:
+    id: str
+    ready: bool
+    """Whether it accepts requests, and has replicas for them."""
+    draining: bool
+    """Whether it refuses new requests."""
+
+    @property
+    def state(self) -> str:
+        """``"ready"``, ``"not ready"`` or ``"draining"``."""
+        return "draining" if self.draining else "ready" if self.ready else "not ready"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyCounts:
     """Latency histograms of a model, summed over all fronts since they started."""
 
@@ -57,10 +71,18 @@ class Overview:
     """(application, the replica's own report)"""
     waits: Mapping[tuple[str, str], LatencyCounts]
     """By application and model."""
+    fronts: tuple[tuple[str, FrontView], ...] = ()
+    """(application, the front's own report)"""
     http: str | None = None
     """host:port of Ray Serve's proxies; None if it does not run."""
     missing: tuple[str, ...] = ()
     """Messages about hosts, replicas and Ray processes that are missing or do not respond."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that should serve is there and ready."""
+        are_ready = (*(front.ready for _, front in self.fronts), *(record.ready for _, record in self.replicas))
+        return not self.missing and all(app.status == "RUNNING" for app in self.apps) and all(are_ready)
 
 
 def collect_overview() -> Overview:
@@ -78,6 +100,7 @@ def collect_overview() -> Overview:
         for name, info in details.get("applications", {}).items()
     )
     replicas: list[tuple[str, ReplicaRecord]] = []
+    fronts: list[tuple[str, FrontView]] = []
     waits: dict[tuple[str, str], LatencyCounts] = {}
     for app in [app.name for app in apps] or (apps_with_directories() if missing else ()):
         try:
@@ -86,7 +109,9 @@ def collect_overview() -> Overview:
             missing.append(f"the directory of {app}'s replicas: {error}")
             continue
         replicas += [(app, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
-        missing += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
+        known = details.get("applications", {}).get(app, {})
+        missing += _unheard(known, {record.id for record in records}, hosts)
+        fronts += [(app, front) for front in _fronts(known, notes)]
         for model in {record.model for record in records}:
             waits[app, model] = LatencyCounts(
                 first_token=merge_counts(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
@@ -97,6 +122,7 @@ def collect_overview() -> Overview:
         hosts=hosts,
         apps=apps,
         replicas=tuple(replicas),
+        fronts=tuple(fronts),
         waits=waits,
         http=f"{http['host']}:{http['port']}" if http else None,
         missing=tuple(missing),
@@ -135,6 +161,23 @@ def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostVie
             if replica["replica_id"] not in reported:
                 at = replica.get("node_ip")
                 yield f"replica {replica['replica_id']} of {deployment} on host {host_of.get(at, at)}: it has not reported of late"
+
+
+def _fronts(app: Mapping[str, Any], notes: Sequence[Snapshot]) -> list[FrontView]:
+    """The fronts that have published their metrics of late, by id. One that has ended is left out where Ray Serve says so (``app``): its
+    note stays for some seconds."""
+    running = {replica["replica_id"] for details in app.get("deployments", {}).values() for replica in details.get("replicas", ())}
+    ready, draining = (_by_front(notes, metric.name) for metric in (names.FRONT_READY, names.FRONT_DRAINING))
+    return [
+        FrontView(id=front, ready=bool(value), draining=bool(draining.get(front)))  # one of an earlier version does not say that it drains
+        for front, value in sorted(ready.items())
+        if not app or front in running
+    ]
+
+
+def _by_front(notes: Sequence[Snapshot], family: str) -> dict[str, float]:
+    """A gauge's value by front."""
+    return {dict(labels)["front"]: value for note in notes for name, samples in note if name == family for _, labels, value in samples}
 
 
 def _hosts(missing: list[str]) -> Iterator[HostView]:

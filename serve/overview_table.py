@@ -1,18 +1,19 @@
 """An `Overview` as tables for a terminal."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group
 from rich.text import Text
 
 from cluster.directory import ReplicaRecord
-from serve.overview import HostView, Overview
+from serve.overview import AppView, FrontView, HostView, Overview
 from serve.quantiles import Counts, counts_between, quantile
 from serve.terminal import Column, ColumnTable
 
 WINDOW_S = 10.0
 COLOURS = {"ready": "green", "RUNNING": "green", "starting": "yellow", "recovering": "yellow", "DEPLOYING": "yellow", "draining": "cyan"}
+"""Of states; those that are not here are red."""
 SHARES = {"p50": 0.5, "p95": 0.95}
 
 
@@ -54,12 +55,25 @@ def _parts(seen: Overview, window: Window | None) -> Iterator[ColumnTable | Text
             yield Text("nothing is deployed" if seen.http else "Ray Serve does not run", style="yellow")
         return
     for app in seen.apps:
-        yield Text.assemble("\n", (app.name, "bold"), " is ", (app.status.lower(), COLOURS.get(app.status, "red")), f", HTTP {seen.http}")
+        yield _app(app, [front for name, front in seen.fronts if name == app.name], seen.http)
         if app.message and app.status != "RUNNING":
             yield Text(app.message.strip()[-2000:], style="red")
     yield _replicas(seen, window)
     if seen.waits:
         yield _waits(seen, window)
+
+
+def _app(app: AppView, fronts: Sequence[FrontView], http: str | None) -> Text:
+    """Ray Serve calls an application running also while its fronts refuse requests, or have no replicas for them."""
+    states = Counter(front.state for front in fronts)
+    none_ready = app.status == "RUNNING" and bool(fronts) and not states["ready"]
+    state = app.status if not none_ready else "draining" if states["draining"] else "not ready"
+    words = "draining (it refuses new requests)" if state == "draining" else state.lower()
+    line = Text.assemble("\n", (app.name, "bold"), " is ", (words, COLOURS.get(state, "red")), f", HTTP {http}")
+    for each, number in () if none_ready else states.items():
+        if each != "ready":
+            line.append(f", {number} of {len(fronts)} fronts {each}", COLOURS.get(each, "red"))
+    return line
 
 
 TEXTUAL = ("host", "address", "model", "state", "ranks", "last loss", "replica")

@@ -48,7 +48,7 @@ def status(
         from serve.terminal import results
 
         results().print(tables(seen, None))
-    if seen.missing or any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
+    if not seen.complete:
         raise typer.Exit(1)
 
 
@@ -139,6 +139,7 @@ def _tree(seen: "Overview") -> dict[str, object]:
         "http": seen.http,
         "hosts": [dataclasses.asdict(host) for host in seen.hosts],
         "applications": [dataclasses.asdict(app) for app in seen.apps],
+        "fronts": [{"application": app, "id": front.id, "state": front.state} for app, front in seen.fronts],
         "replicas": [
             {
                 "application": app,

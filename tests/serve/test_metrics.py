@@ -138,8 +138,13 @@ class Source:
         self.resumes.counts.resumes["stalled"] = 2
         self.resumes.counts.tokens_replayed = 7
 
+
+class Front:
+    draining = False
+    has_replicas = True
+
     def ready(self) -> bool:
-        return True
+        return self.has_replicas and not self.draining
 
 
 class Others:
@@ -154,7 +159,9 @@ async def test_any_front_answers_for_all_fronts_and_replicas() -> None:
     mine, theirs = Instruments("f1"), Instruments("f2")
     for instruments in (mine, theirs):
         instruments.count(names.REQUESTS, model_name="m", finished_reason="stop")
-    answers = MetricsPage(mine, [Source(record("r1", num_waiting=1)), Source(record("r2", num_waiting=4))], Others(theirs.snapshot()))
+    answers = MetricsPage(
+        mine, [Source(record("r1", num_waiting=1)), Source(record("r2", num_waiting=4))], Others(theirs.snapshot()), Front()
+    )
     text, content_type = await answers("")
     said = values(text)
     assert content_type.startswith("text/plain")
@@ -168,7 +175,7 @@ async def test_any_front_answers_for_all_fronts_and_replicas() -> None:
 
 
 async def test_the_page_can_be_had_as_openmetrics() -> None:
-    answers = MetricsPage(Instruments("f1"), [Source(record("r1", num_steps=9))], Others())
+    answers = MetricsPage(Instruments("f1"), [Source(record("r1", num_steps=9))], Others(), Front())
     text, content_type = await answers("application/openmetrics-text;version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     families = {family.name: family for family in parse_openmetrics(text.decode())}
@@ -176,7 +183,22 @@ async def test_the_page_can_be_had_as_openmetrics() -> None:
 
 
 async def test_counting_again_does_not_count_twice() -> None:
-    answers = MetricsPage(Instruments("f1"), [Source()], Others())
+    answers = MetricsPage(Instruments("f1"), [Source()], Others(), Front())
     await answers("")
     said = values((await answers(""))[0])
     assert said["manta_resumes_total", "f1", "stalled"] == 2
+
+
+async def test_a_front_is_not_ready_while_it_drains_or_has_no_replicas_and_only_the_first_is_called_draining() -> None:
+    front = Front()
+    answers = MetricsPage(Instruments("f1"), [], Others(), front)
+
+    async def said() -> tuple[float, float]:
+        gauges = values((await answers(""))[0])
+        return gauges["manta_front_ready", "f1"], gauges["manta_front_draining", "f1"]
+
+    assert await said() == (1, 0)
+    front.draining = True
+    assert await said() == (0, 1)
+    front.draining, front.has_replicas = False, False
+    assert await said() == (0, 0)

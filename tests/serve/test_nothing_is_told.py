@@ -71,7 +71,7 @@ async def test_what_is_said_stays_between_client_and_model(tiny_folder: Path, ca
             ):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await stub.Chat(service_pb2.ChatRequest(**{"model": MODEL, "messages": [message]} | wrong))
-        page = (await MetricsPage(instruments, [], NoOthers())(""))[0].decode()
+        page = (await MetricsPage(instruments, [], NoOthers(), both.gate)(""))[0].decode()
     assert {answer.status_code for answer in statuses.values()} == {200, 400, 404}
     spans = [span.to_json() for span in exporter.get_finished_spans()]
     lines = [JsonFormatter().format(record) for record in caplog.records if record.name.split(".")[0] in OURS]

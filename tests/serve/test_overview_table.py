@@ -10,7 +10,7 @@ from cluster.channel import Address
 from cluster.directory import Load, RankPlace, ReplicaRecord
 from cluster.health import Loading, State
 from engine.stats import EngineStats
-from serve.overview import AppView, HostView, LatencyCounts, Overview
+from serve.overview import AppView, FrontView, HostView, LatencyCounts, Overview
 from serve.overview_table import Window, ranks_in_words, tables, wait_figures
 from serve.quantiles import counts_between, merge_counts, quantile
 
@@ -48,6 +48,40 @@ def test_a_healthy_server_is_told_with_its_hosts_ranks_load_and_waits() -> None:
     assert "manta is running, HTTP 127.0.0.1:8000" in told
     assert "demo abcdefgh ready gpu-1: 0-2, gpu-2: 3 5 25% 3 2" in told
     assert "demo 150 ms 195 ms 5 ms 10 ms" in told
+
+
+def fronts(*states: str) -> tuple[tuple[str, FrontView], ...]:
+    each = [FrontView(id=str(number), ready=state == "ready", draining=state == "draining") for number, state in enumerate(states)]
+    return tuple(("manta", front) for front in each)
+
+
+@pytest.mark.parametrize(
+    ("states", "words"),
+    [
+        (("ready", "ready"), "manta is running, HTTP 127.0.0.1:8000 model"),
+        (("ready", "draining"), "manta is running, HTTP 127.0.0.1:8000, 1 of 2 fronts draining"),
+        (("draining",), "manta is draining (it refuses new requests), HTTP 127.0.0.1:8000 model"),
+        (("draining", "not ready"), "manta is draining (it refuses new requests), HTTP 127.0.0.1:8000 model"),
+        (("not ready",), "manta is not ready, HTTP 127.0.0.1:8000 model"),
+    ],
+)
+def test_an_application_runs_only_if_one_of_its_fronts_accepts_requests(states: tuple[str, ...], words: str) -> None:
+    assert words in shown(replace(SEEN, fronts=fronts(*states)))
+
+
+def test_it_is_complete_only_if_all_fronts_and_replicas_are_ready_and_nothing_is_missing() -> None:
+    assert replace(SEEN, fronts=fronts("ready", "ready")).complete
+    assert not replace(SEEN, fronts=fronts("ready", "draining")).complete
+    assert not replace(SEEN, replicas=(("manta", replace(READY, state=State.RECOVERING)),)).complete
+    assert not replace(SEEN, missing=("Ray's head",)).complete
+    assert not replace(SEEN, apps=(AppView(name="manta", status="DELETING", message=""),)).complete
+
+
+def test_an_application_that_does_not_run_is_called_what_ray_serve_calls_it() -> None:
+    deleting = AppView(name="manta", status="DELETING", message="")
+    assert "manta is deleting, HTTP 127.0.0.1:8000, 1 of 1 fronts draining" in shown(
+        replace(SEEN, apps=(deleting,), fronts=fronts("draining"))
+    )
 
 
 def test_what_is_wrong_is_told_with_its_reason() -> None:
