@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.serve as ray_serve
+from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve.schema import LoggingConfig
 
 from cluster.admission_queue import AdmissionQueue
@@ -69,6 +70,9 @@ METRICS_EVERY_S = 2.0
 """How often a front sends its metrics to the other fronts."""
 DEMAND_EVERY_S = 0.5
 """How often a front reports its waiting requests to the autoscaler."""
+DISCONNECT_ERRORS = (TaskCancelledError, ActorDiedError)
+"""What reading a request's body raises when its client goes, or when the proxy that held the connection dies: the body is fetched by calls
+to the proxy, and Ray cancels these with the request, sometimes before the request itself learns that it is cancelled."""
 HEALTH_CHECK_PERIOD_S = 1.0
 """Health check period of fronts and replicas: a dead one is noticed, and replaced, after at most this long. (Proxies are not deployments;
 a dead proxy is replaced after three checks: `serve.proxy_hook.PROXY_CHECK_PERIOD_S`.)"""
@@ -239,6 +243,7 @@ class _Front:
             strict=self._config.http.strict,
             allowed_origins=self._config.http.allowed_origins,
             behind_ray=True,
+            disconnect_errors=DISCONNECT_ERRORS,
             bypass=self._bypass,
         )
 

@@ -43,6 +43,7 @@ def create_app(
     strict: bool = False,
     allowed_origins: Sequence[str] = (),
     behind_ray: bool = False,
+    disconnect_errors: tuple[type[Exception], ...] = (),
     bypass: FrontEndpoint | None = None,
 ) -> FastAPI:
     """Make the app.
@@ -55,6 +56,7 @@ def create_app(
         strict: refuse fields that have no effect.
         allowed_origins: for browsers (CORS); empty: none.
         behind_ray: Ray Serve's proxy is in front, gives every request its id and sends it to the client.
+        disconnect_errors: what ASGI's ``receive`` raises, instead of returning a disconnect, when the client is gone.
         bypass: sends chunks of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
     """
     api = HttpApi(service=service, limits=limits or Limits(), strict=strict)
@@ -66,7 +68,7 @@ def create_app(
         app.include_router(metrics_routes(metrics))
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(AuthMiddleware, authenticator=authenticator, quota_headers=quota_headers)
-    app.add_middleware(RequestBoundary, limits=api.limits, behind_ray=behind_ray)
+    app.add_middleware(RequestBoundary, limits=api.limits, behind_ray=behind_ray, disconnect_errors=disconnect_errors)
     if allowed_origins:  # outermost: preflight requests have no key, and scripts may read error responses
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     if bypass is not None:

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import HeadersTooLarge, InvalidRequest
-from serve.http.disconnect import ClientDisconnected
+from serve.http.disconnect import ClientDisconnected, with_disconnects
 from serve.http.errors import error_response
 from serve.limits import Limits, is_identifier
 
@@ -20,8 +20,8 @@ class RequestBoundary:
     """ASGI middleware. Before the response has started, it turns every exception into an error response. After that it lets exceptions
     pass, which cuts the connection, so that a broken response never looks complete."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, behind_ray: bool) -> None:
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, *, limits: Limits, behind_ray: bool, disconnect_errors: tuple[type[Exception], ...]) -> None:
+        self._app, self._limits, self._disconnect_errors = app, limits, disconnect_errors
         self._sends_id = not behind_ray  # Ray Serve's proxy adds the same header itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +40,7 @@ class RequestBoundary:
         try:
             self._check_size(scope)
             request_id = self._client_id(Headers(scope=scope)) or request_id
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, with_disconnects(receive, self._disconnect_errors), send_with_id)
         except ClientDisconnected:
             logger.info("request %s: the client left", request_id)
         except Exception as error:

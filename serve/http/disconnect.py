@@ -4,13 +4,26 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 T = TypeVar("T")
 
 
 class ClientDisconnected(Exception):
     """The client closed its connection, so there is nobody to answer."""
+
+
+def with_disconnects(receive: Receive, errors: tuple[type[Exception], ...]) -> Receive:
+    """``receive`` that returns a disconnect where it would raise one of ``errors``, by which the server in front says that the client is
+    gone."""
+
+    async def receive_or_disconnect() -> Message:
+        try:
+            return await receive()
+        except errors:
+            return {"type": "http.disconnect"}
+
+    return receive_or_disconnect
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:

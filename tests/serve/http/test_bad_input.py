@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.deployment import DISCONNECT_ERRORS
 from serve.http.app import create_app
 from serve.limits import Limits
 from tests.serve.http.conftest import ScriptedService
@@ -335,13 +336,17 @@ async def test_a_good_request_after_each_bad_one_is_answered(http: httpx.AsyncCl
         assert (await http.post(CHAT, json=chat_body)).json()["choices"][0]["message"]["content"] == "Hello world"
 
 
+@pytest.mark.parametrize("last", [{"type": "http.disconnect"}, *(error() for error in DISCONNECT_ERRORS)])
 async def test_a_client_that_goes_while_its_request_is_read_is_no_error_of_ours(
-    service: ScriptedService, caplog: pytest.LogCaptureFixture
+    service: ScriptedService, caplog: pytest.LogCaptureFixture, last: Any
 ) -> None:
-    messages, sent = iter([{"type": "http.request", "body": b'{"mod', "more_body": True}, {"type": "http.disconnect"}]), list[Any]()
+    messages, sent = iter([{"type": "http.request", "body": b'{"mod', "more_body": True}, last]), list[Any]()
 
     async def receive() -> Any:
-        return next(messages)
+        message = next(messages)
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -356,7 +361,8 @@ async def test_a_client_that_goes_while_its_request_is_read_is_no_error_of_ours(
         "http_version": "1.1",
     }
     with caplog.at_level("INFO"):
-        await create_app(lambda: service)(scope, receive, send)
+        app = create_app(lambda: service, disconnect_errors=DISCONNECT_ERRORS)
+        await app(scope, receive, send)
     assert sent == []
     assert "the client left" in caplog.text
     assert "internal error" not in caplog.text
