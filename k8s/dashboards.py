@@ -38,7 +38,8 @@ REQUESTS = (
         title="Requests failed",
         unit="reqps",
         queries=((total("manta_request_failures_total", by="model_name, code"), "{{model_name}} {{code}}"),),
-        says="By error code sent to the client. Includes client errors, client_left, and stopped (ended by a server that is stopped).",
+        says="By error code sent to the client. Includes client errors, client_left, draining (refused by a front that is drained or "
+        "stopped), and stopped (ended by a server that is stopped).",
     ),
     Panel(
         title="In progress and waiting",

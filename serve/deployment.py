@@ -171,7 +171,8 @@ class _Front:
         self._authenticator = NoAuthentication() if config.auth.keys_file is None else KeyAuthenticator(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._peer_metrics.num_peers + 1)
         names = [model.name for model in models]
-        observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
+        request_metrics = RequestMetrics(instruments, names)
+        observers: list[Observer] = [request_metrics, self._quotas]
         self._tracing: Tracing | None = None
         if config.tracing.otlp_endpoint is not None:
             from serve.tracing import otlp_tracing  # opentelemetry: an extra
@@ -179,7 +180,7 @@ class _Front:
             self._tracing = otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio)
             observers.append(self._tracing)
         self._catalog = Catalog([await self._make_service(app, model, names, observers=observers) for model in models])
-        self._gate = DrainGate(IdempotentService(self._catalog))
+        self._gate = DrainGate(IdempotentService(self._catalog), on_refusal=request_metrics.refused)
         self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics, self._gate)
         self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests

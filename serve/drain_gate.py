@@ -10,10 +10,10 @@ from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 from serve.errors import Draining, ServerStopped
-from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent
 from serve.service_api import ServiceApi, ServiceWrapper
 
-R = TypeVar("R")
+R = TypeVar("R", bound=AnyRequest)
 T = TypeVar("T")
 
 UNREAD_S = 2.0
@@ -23,8 +23,10 @@ UNREAD_S = 2.0
 class DrainGate(ServiceWrapper):
     """A service that can stop accepting requests, and end those that it has accepted."""
 
-    def __init__(self, inner: ServiceApi) -> None:
+    def __init__(self, inner: ServiceApi, *, on_refusal: Callable[[AnyRequest, Draining], None] = lambda request, error: None) -> None:
+        """``on_refusal``: told of each request that is refused. The inner service, with its observers, does not see these."""
         super().__init__(inner)
+        self._on_refusal = on_refusal
         self.draining = False
         self._stopping = False
         self.has_ended_requests = False
@@ -68,11 +70,11 @@ class DrainGate(ServiceWrapper):
         return self._counted(self._inner.complete, request)
 
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
-        with self._count_open() as open_request:
+        with self._count_open(request) as open_request:
             return await open_request.result_of(lambda: self._inner.collect(request))
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        with self._count_open() as open_request:
+        with self._count_open(request) as open_request:
             return await open_request.result_of(lambda: self._inner.embed(request))
 
     def ready(self) -> bool:
@@ -88,28 +90,30 @@ class DrainGate(ServiceWrapper):
             Draining: no new requests are accepted.
             ServerStopped: the request was ended.
         """
-        with self._count_open() as open_request:
+        with self._count_open(request) as open_request:
             async with aclosing(answer(request)) as events:
                 while (event := await open_request.result_of(lambda: anext(events, None))) is not None:
                     open_request.is_complete = event.usage is not None
                     yield event
 
     @contextmanager
-    def _count_open(self) -> "Iterator[_OpenRequest]":
+    def _count_open(self, request: AnyRequest) -> "Iterator[_OpenRequest]":
         """Count a request as open, unless the server is draining.
 
         Raises:
             Draining: no new requests are accepted.
         """
         if self.draining:
-            raise Draining
-        request = _OpenRequest()
-        self._open.add(request)
+            error = Draining()
+            self._on_refusal(request, error)
+            raise error
+        open_request = _OpenRequest()
+        self._open.add(open_request)
         self._none_open.clear()
         try:
-            yield request
+            yield open_request
         finally:
-            self._open.discard(request)
+            self._open.discard(open_request)
             if not self._open:
                 self._none_open.set()
 

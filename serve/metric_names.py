@@ -84,9 +84,9 @@ def _count(name: str, description: str, alias: str | None = None) -> Metric:
 REQUESTS = _front("manta_requests", "Completed requests, by finish reason.", "finished_reason", alias="vllm:request_success")
 FAILURES = _front(
     "manta_request_failures",
-    "Failed requests, by the error code that the client received. Two are told apart only here: `client_left`, which is no failure of the "
-    "server, and `stopped`, requests that were still running when a server that is being stopped ended them (their clients receive "
-    "`draining`).",
+    "Failed requests, by the error code that the client received; `draining` are those that a front refused because it was drained or "
+    "its server was being stopped. Two are told apart only here: `client_left`, which is no failure of the server, and `stopped`, "
+    "requests that were still running when a server that is being stopped ended them (their clients receive `draining`).",
     "code",
 )
 PROMPT_TOKENS = _front("manta_prompt_tokens", "Prompt tokens; each prompt is counted once.", alias="vllm:prompt_tokens")

@@ -16,8 +16,14 @@ class RequestMetrics:
         self._instruments, self._models, self._clock = instruments, models, clock
 
     def begin(self, request: AnyRequest) -> "_RequestTimes":
-        model = request.model if request.model in self._models else ""
-        return _RequestTimes(self._instruments, model, request.arrived_s, self._clock)
+        return _RequestTimes(self._instruments, self._label_of(request), request.arrived_s, self._clock)
+
+    def refused(self, request: AnyRequest, error: BaseException) -> None:
+        """Count a request that is refused before it begins."""
+        self._instruments.count(names.FAILURES, model_name=self._label_of(request), code=failure_code(error))
+
+    def _label_of(self, request: AnyRequest) -> str:
+        return request.model if request.model in self._models else ""
 
 
 class _RequestTimes:

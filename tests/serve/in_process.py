@@ -34,6 +34,8 @@ NUM_BLOCKS = 256
 class Fronts:
     service: Service
     gate: DrainGate
+    refused: list[str]
+    """The model of each request that the gate has refused."""
     source: EngineSource
     http: str
     """Base URL."""
@@ -74,11 +76,12 @@ async def fronts(
             observers=observers,
             requests_are_ended=lambda: gate.has_ended_requests,
         )
-        gate = DrainGate(IdempotentService(service))
+        refused: list[str] = []
+        gate = DrainGate(IdempotentService(service), on_refusal=lambda request, error: refused.append(request.model))
         server, port = await start_server(gate, "127.0.0.1:0", fleets=[source], limits=limits)
         try:
             async with served(create_app(lambda: gate, limits)) as url:
-                yield Fronts(service=service, gate=gate, source=source, http=url, grpc=f"grpc://127.0.0.1:{port}")
+                yield Fronts(service=service, gate=gate, refused=refused, source=source, http=url, grpc=f"grpc://127.0.0.1:{port}")
         finally:
             await server.stop(grace=None)
     finally:

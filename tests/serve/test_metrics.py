@@ -15,7 +15,7 @@ from engine.executor import Capacity
 from engine.plan import PhaseTimes
 from engine.stats import EngineStats
 from serve import metric_names as names
-from serve.errors import InvalidRequest, ServerStopped
+from serve.errors import Draining, InvalidRequest, ServerStopped
 from serve.metric_names import METRICS, page
 from serve.metrics import Instruments, render, replica_snapshot
 from serve.metrics_page import MetricsPage
@@ -129,6 +129,20 @@ def test_a_failure_is_told_by_its_code_and_an_unknown_model_without_its_name() -
     assert said["manta_request_failures_total", "stopped", "f1", "m"] == 1
     assert said["manta_request_failures_total", "invalid_value", "f1", ""] == 1
     assert b"what a client wrote" not in text
+
+
+def test_a_request_that_is_refused_before_it_begins_is_counted_only_as_failed() -> None:
+    instruments = Instruments("f1")
+    measuring = RequestMetrics(instruments, ["m"])
+    measuring.refused(asked(), Draining())
+    measuring.refused(asked("what a client wrote"), Draining())
+    text = render([instruments.snapshot()])[0]
+    assert b"what a client wrote" not in text
+    counted = {key: value for key, value in values(text).items() if key[0].startswith("manta_request") and value}
+    assert {key for key in counted if not key[0].endswith("_created")} == {
+        ("manta_request_failures_total", "draining", "f1", "m"),
+        ("manta_request_failures_total", "draining", "f1", ""),
+    }
 
 
 class Source:

@@ -45,12 +45,16 @@ def test_running_streams_may_finish_when_it_is_stopped_and_else_end_with_an_erro
         assert stream(5)[-1] == "[DONE]"
         longer = [clients.submit(stream, 7000), clients.submit(call)]
         short = clients.submit(stream, 200)
-        eventually(lambda: _num_in_progress(url) == 3, 30)
+        eventually(lambda: _sum_of("manta_requests_in_progress", url) == 3, 30)
+        assert (_sum_of("manta_front_ready", url), _sum_of("manta_front_draining", url)) == (1, 0)
         family = server.descendants
         server.process.send_signal(signal.SIGINT)
         assert short.result(60)[-1] == "[DONE]"
         assert not any(each.done() for each in longer)
         assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "Once"}).status_code == 503
+        assert _sum_of("manta_request_failures_total", url, 'code="draining"') == 1
+        assert (_sum_of("manta_front_ready", url), _sum_of("manta_front_draining", url)) == (0, 1)
         server.process.send_signal(signal.SIGINT)
         assert json.loads(longer[0].result(30)[-1])["error"]["code"] == "draining"
         assert longer[1].result(30) == "draining"
@@ -61,8 +65,7 @@ def test_running_streams_may_finish_when_it_is_stopped_and_else_end_with_an_erro
         assert "Traceback" not in "\n".join(server.lines)
 
 
-def _num_in_progress(url: str) -> int:
-    values = [
-        line.rpartition(" ")[2] for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("manta_requests_in_progress")
-    ]
-    return int(sum(map(float, values)))
+def _sum_of(metric: str, url: str, label: str = "") -> int:
+    """The sum of a metric's series with ``label``, over all fronts."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric + "{") and label in line))

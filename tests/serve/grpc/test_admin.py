@@ -122,6 +122,12 @@ async def test_a_draining_server_lets_the_running_end_and_takes_nobody_in(both: 
         assert (await http.get("/readyz")).status_code == 503
         answer = await http.post("/v1/chat/completions", json=LONG)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        embeddings = {"model": MODEL, "input": "a"}
+        assert (await http.post("/v1/embeddings", json=embeddings)).status_code == 503
+    stream_too = client.chat.stream(**LONG)
+    with pytest.raises(Unavailable):
+        await stream_too.final()
+    assert both.refused == [MODEL] * 4, "each of them is told of"
     assert len((await stream.final()).choices[0].token_ids) == 900
     assert (await admin.GetLoad(admin_pb2.GetLoadRequest())).draining
     assert (await admin.Drain(admin_pb2.DrainRequest(undo=True))).open_requests == 0
