@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM for a server in the foreground: they raise KeyboardInterrupt during the start, and set flags afterwards. The third one
-ends the process in seconds, whatever it waits for."""
+ends the process in seconds, whatever it waits for. Signals in quick succession count as one (`SAME_S`)."""
 
+import math
 import os
 import select
 import signal
@@ -16,6 +17,11 @@ LAST = 3
 """The signal after which nothing is waited for."""
 LAST_S = 5.0
 """Time that the process has to clean up after `LAST` signals."""
+SAME_S = 0.5
+"""A signal that comes within this time after one that counted does not count: wrappers pass on what the terminal has already sent to the
+whole process group, or send SIGTERM after its SIGINT, within milliseconds, or more where the machine is busy. So a double press counts as
+one: whoever means two presses again, but requests that a duplicate has ended are lost. Keys that are held or hit again and again count
+once in this time."""
 INTERRUPTED = 130
 """Exit status of a process that had to be ended."""
 
@@ -27,10 +33,26 @@ def end_process() -> None:
     os._exit(INTERRUPTED)
 
 
+class DistinctSignals:
+    """Tells signals that count from those that repeat one; see `SAME_S`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counted_s = -math.inf
+
+    def counts(self) -> bool:
+        """Whether a signal that comes now counts."""
+        now_s = self._clock()
+        if now_s < self._counted_s + SAME_S:
+            return False
+        self._counted_s = now_s
+        return True
+
+
 class StopSignals:
     """Signal handlers, to be used in the main thread."""
 
-    def __init__(self, *, end_process: Callable[[], None] = end_process) -> None:
+    def __init__(self, *, end_process: Callable[[], None] = end_process, clock: Callable[[], float] = time.monotonic) -> None:
         self.starting = True
         self.stopped = threading.Event()
         """Set by the first signal."""
@@ -38,6 +60,8 @@ class StopSignals:
         """Set by the second one: whoever sends it does not want to wait for running requests."""
         self._has_given_up = False
         self._end_process = end_process
+        self._clock = clock
+        self._distinct = DistinctSignals(clock)
         self._before: dict[int, Any] = {}
         """The handlers that ours replaced."""
         self._wakeup: int | None = None
@@ -74,6 +98,8 @@ class StopSignals:
             self._wakeup = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._distinct.counts():
+            return
         is_last = self.repeated.is_set() and not self._has_given_up
         if self.stopped.is_set():
             self.repeated.set()
@@ -87,11 +113,12 @@ class StopSignals:
         """End the process if the handlers are still there `LAST_S` after the last signal. Python runs handlers in the main thread only when
         that runs Python, which it does not while it waits inside Ray, and it runs one handler for several signals; this thread sees each.
         """
+        distinct = DistinctSignals(self._clock)  # its own: it may see signals earlier than the handlers
         try:
             while num_signals < LAST:
                 if not (numbers := os.read(reader, 64)):
                     return  # restored
-                num_signals += sum(number in NUMBERS for number in numbers)
+                num_signals += sum(number in NUMBERS and distinct.counts() for number in numbers)
             deadline = time.monotonic() + LAST_S
             while (left_s := deadline - time.monotonic()) > 0:
                 if select.select([reader], [], [], left_s)[0] and not os.read(reader, 64):

@@ -15,7 +15,7 @@ import pytest
 
 from serve import existing_ray, stop_signals
 from serve.deployment import FRONTS
-from serve.stop_signals import INTERRUPTED, StopSignals
+from serve.stop_signals import INTERRUPTED, DistinctSignals, StopSignals
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,13 +25,79 @@ def send(number: int = signal.SIGINT) -> None:
 
 
 @pytest.fixture
-def stop() -> Iterator[StopSignals]:
-    made = StopSignals(end_process=lambda: None)
+def each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every signal counts, however soon it comes after another."""
+    monkeypatch.setattr(stop_signals, "SAME_S", 0.0)
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def stop(clock: Clock) -> Iterator[StopSignals]:
+    made = StopSignals(end_process=lambda: None, clock=clock)
     made.starting = False
     with made.handled():
         yield made
 
 
+def test_signals_in_quick_succession_are_one_and_do_not_begin_the_next_stage(stop: StopSignals, clock: Clock) -> None:
+    """As where a terminal signals the process group, and a wrapper passes the signal on, or ends its children with another."""
+    send()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        clock.now_s += 0.1
+        send(number)
+    assert (stop.stopped.is_set(), stop.repeated.is_set()) == (True, False)
+    clock.now_s += stop_signals.SAME_S
+    send()
+    send()
+    assert stop.repeated.is_set()
+    clock.now_s += stop_signals.SAME_S
+    with pytest.raises(KeyboardInterrupt):
+        send()
+
+
+def test_a_signal_that_is_sent_twice_during_the_start_interrupts_once(stop: StopSignals) -> None:
+    stop.starting = True
+    with pytest.raises(KeyboardInterrupt):
+        send()
+    send()
+    assert not stop.repeated.is_set()
+
+
+def test_whoever_hits_the_keys_again_and_again_gets_on(clock: Clock) -> None:
+    """A repetition does not prolong the time in which another one is not counted."""
+    distinct = DistinctSignals(clock)
+    counted = []
+    for _ in range(8):
+        counted.append(distinct.counts())
+        clock.now_s += 0.2
+    assert counted == [True, False, False, True, False, False, True, False]
+
+
+def test_a_process_is_not_ended_for_one_signal_that_is_sent_three_times(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(stop_signals, "LAST_S", 0.0)
+    threads, was_ended = set(threading.enumerate()), threading.Event()
+    stop = StopSignals(end_process=was_ended.set, clock=clock)
+    stop.starting = False
+    with stop.handled():
+        (watching,) = [thread for thread in set(threading.enumerate()) - threads if thread.name == "stop-signals"]
+        for _ in range(3):
+            send()
+    watching.join(30)
+    assert (watching.is_alive(), was_ended.is_set()) == (False, False)
+
+
+@pytest.mark.usefixtures("each_counts")
 def test_the_first_stops_the_second_hastens_and_the_third_interrupts_once(stop: StopSignals) -> None:
     send()
     assert (stop.stopped.is_set(), stop.repeated.is_set()) == (True, False)
@@ -42,6 +108,7 @@ def test_the_first_stops_the_second_hastens_and_the_third_interrupts_once(stop: 
     send()  # what cleans up is not interrupted
 
 
+@pytest.mark.usefixtures("each_counts")
 def test_during_the_start_the_first_interrupts(stop: StopSignals) -> None:
     stop.starting = True
     with pytest.raises(KeyboardInterrupt):
@@ -51,6 +118,7 @@ def test_during_the_start_the_first_interrupts(stop: StopSignals) -> None:
         send()
 
 
+@pytest.mark.usefixtures("each_counts")
 @pytest.mark.parametrize("restores_in_time", [False, True])
 def test_a_process_that_has_not_cleaned_up_is_ended(monkeypatch: pytest.MonkeyPatch, restores_in_time: bool) -> None:
     monkeypatch.setattr(stop_signals, "LAST_S", 60.0 if restores_in_time else 0.0)
@@ -73,7 +141,7 @@ def test_a_process_that_has_not_cleaned_up_is_ended(monkeypatch: pytest.MonkeyPa
 HANGING = """
 import signal, threading
 from serve import stop_signals
-stop_signals.LAST_S = 0.1
+stop_signals.LAST_S, stop_signals.SAME_S = 0.1, 0.0
 stop = stop_signals.StopSignals()
 stop.starting = False
 {already}
@@ -114,6 +182,7 @@ class Controller:
         threading.Event().wait()
 
 
+@pytest.mark.usefixtures("each_counts")
 @pytest.mark.parametrize("num_signals", [3, 2])
 def test_a_controller_that_hangs_in_the_order_to_remove_does_not_keep_the_command(
     stop: StopSignals, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_signals: int

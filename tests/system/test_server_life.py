@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def test_running_streams_may_finish_when_it_is_stopped_and_else_end_with_an_erro
         eventually(lambda: _sum_of("manta_requests_in_progress", url) == 3, 30)
         assert (_sum_of("manta_front_ready", url), _sum_of("manta_front_draining", url)) == (1, 0)
         family = server.descendants
-        server.process.send_signal(signal.SIGINT)
-        assert short.result(60)[-1] == "[DONE]"
+        for _ in range(2):  # as where a wrapper passes on what the terminal has sent to all processes: it counts as one
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert short.result(200)[-1] == "[DONE]"
         assert not any(each.done() for each in longer)
         assert httpx.get(f"{url}/readyz").status_code == 503
         assert httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "Once"}).status_code == 503
