@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from manta_client import CallFailed, Client, MantaError
 
 HINT = "Ctrl-C stops an answer, /reset starts a new conversation, Ctrl-D or /exit exits."
+CHECK_S = 10.0
+"""How long the server may take to say which models it has, before anybody types a question."""
 EXITS = ("/exit", "/quit", "/bye")
 """`HINT` names the first; the others are what similar programs call it."""
 
@@ -44,13 +46,15 @@ def chat(
     from manta_client.endpoint import DEFAULT
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    if prompt is None and not sys.stdin.isatty():
-        piped_in = sys.stdin.buffer.read().decode(errors="replace").strip()
-        prompt = piped_in or exit_with_error("nothing was piped in, and no prompt was given")
     place = endpoint or DEFAULT
     notice = LossNotice(place, sends_key=bool(api_key or os.environ.get("MANTA_API_KEY")))
     try:
         with Client(endpoint, api_key=api_key, on_retry=notice) as client:
+            if prompt is None:
+                check_server(client, model)
+                if not sys.stdin.isatty():
+                    piped_in = sys.stdin.buffer.read().decode(errors="replace").strip()
+                    prompt = piped_in or exit_with_error("nothing was piped in, and no prompt was given")
             conversation = Conversation(client=client, model=model, system=as_text(system), options=options, notice=notice)
             if prompt is None:
                 converse(conversation)
@@ -58,6 +62,20 @@ def chat(
                 raise typer.Exit(130)
     except MantaError as error:
         exit_with_error(notice.explain(error))
+
+
+def check_server(client: "Client", model: str | None) -> None:
+    """Find out whether there is a server that takes the key and has the model, at the cost of one short call.
+
+    A prompt that is given as an argument needs no check: it is sent at once.
+
+    Raises:
+        MantaError: there is none.
+    """
+    if model is None:
+        client.models.only(timeout=CHECK_S)  # the client remembers it for the questions
+    else:
+        client.models.get(model, timeout=CHECK_S)
 
 
 class LossNotice:
@@ -87,9 +105,13 @@ class LossNotice:
             typer.echo(f"manta: {lost}; trying for some seconds to have the rest. Ctrl-C gives up.", err=True)
 
     def explain(self, error: "MantaError") -> str:
-        """What the user is told when a question fails."""
-        from manta_client import AuthenticationFailed, Unavailable
+        """What the user is told when a question, or `check_server`, fails."""
+        from manta_client import AuthenticationFailed, DeadlineExceeded, ModelNotChosen, Unavailable
 
+        if isinstance(error, ModelNotChosen):
+            return str(error).replace("model=...", "--model")
+        if isinstance(error, DeadlineExceeded) and error.reason is None and not self.begun:
+            return f"the server at {self._place} does not answer; --endpoint names another"
         if isinstance(error, AuthenticationFailed):  # the server's own message names the header, which nobody types here
             return f"the server at {self._place} needs {'another' if self._sends_key else 'an'} API key: --api-key, or MANTA_API_KEY"
         if not isinstance(error, Unavailable) or error.reason is not None:  # a server answered

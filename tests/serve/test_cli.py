@@ -4,6 +4,7 @@ import contextlib
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,7 @@ class ScriptedClient:
     def __init__(self, endpoint: str | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         self.chat = SimpleNamespace(stream=self._stream)
+        self.models = SimpleNamespace(only=lambda timeout: "demo")
 
     def _stream(self, **asked: Any) -> ScriptedStream:
         self.asked.append(asked)
@@ -257,6 +259,70 @@ def test_chat_without_a_server_says_so_without_a_traceback() -> None:
     assert "Traceback" not in done.output
 
 
+def in_terminal(*command: str, last: bytes, typed: bytes = b"") -> tuple[str, int]:
+    """What a command shows in a terminal of its own where ``typed`` is typed once ``last`` is shown, and its exit status."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *command], {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"})
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal has gone
+        while last not in shown:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, typed)
+        while True:
+            shown += os.read(terminal, 1000)
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    return shown.decode(), os.waitstatus_to_exitcode(status)
+
+
+def test_a_conversation_does_not_begin_without_a_server() -> None:
+    shown, status = in_terminal("-m", "serve", "chat", "--endpoint", "grpc://127.0.0.1:9", last=b"no server answers")
+    assert status == 1
+    assert "no server answers at grpc://127.0.0.1:9; `manta serve demo` starts one, --endpoint names another" in " ".join(shown.split())
+    assert HINT not in shown
+
+
+def test_a_conversation_begins_where_a_server_answers() -> None:
+    with FakeServer() as server:
+        shown, status = in_terminal("-m", "serve", "chat", "--endpoint", server.endpoint, last=b"> ", typed=b"/exit\n")
+    assert (status, HINT in shown) == (0, True)
+    assert server.requests == []
+
+
+def test_what_is_piped_in_is_not_awaited_without_a_server() -> None:
+    command = [sys.executable, "-m", "serve", "chat", "--endpoint", "grpc://127.0.0.1:9"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert "no server answers" in process.stderr.readline()
+        assert process.wait(60) == 1  # its standard input is still open
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "name a model (--model): this server has one, two"),
+        (("--model", "three"), "there is no such model"),
+        (("--api-key", "manta-wrong", "--model", "one"), "needs another API key: --api-key, or MANTA_API_KEY"),
+    ],
+)
+def test_a_key_or_model_that_the_server_does_not_take_is_told_before_anything_is_asked(arguments: tuple[str, ...], told: str) -> None:
+    with FakeServer(models=["one", "two"], api_key="manta-right") as server:
+        done = manta("chat", "--endpoint", server.endpoint, "--api-key", "manta-right", *arguments)  # the last of two keys is taken
+    assert done.exit_code == 1
+    assert told in done.output
+    assert server.requests == []
+
+
+def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.commands.chat.CHECK_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = manta("chat", "--endpoint", f"grpc://127.0.0.1:{silent.getsockname()[1]}")
+    assert done.exit_code == 1
+    assert "does not answer; --endpoint names another" in done.output
+
+
 def test_the_endpoint_in_the_help_of_chat_is_one() -> None:
     (example,) = re.findall(r"--endpoint (\w+://\S+)", manta("chat", "--help").stdout)
     assert Endpoint.parse(example).secure
@@ -327,19 +393,8 @@ def test_a_conversation_ends_by_a_word_and_help_is_not_sent_to_the_model(
 def test_a_line_begins_with_its_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a terminal of its own."""
     script = "from serve.commands.chat import read_line; print('read:', read_line('> ', 'a dräft'))"
-    pid, terminal = pty.fork()
-    if not pid:
-        os.execve(sys.executable, [sys.executable, "-c", script], {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"})
-    shown = b""
-    while "a dräft".encode() not in shown:
-        shown += os.read(terminal, 1000)
-    os.write(terminal, b", and more\n")
-    with contextlib.suppress(OSError):  # the terminal has gone
-        while True:
-            shown += os.read(terminal, 1000)
-    os.waitpid(pid, 0)
-    os.close(terminal)
-    assert "read: a dräft, and more" in shown.decode()
+    shown, _ = in_terminal("-c", script, last="a dräft".encode(), typed=b", and more\n")
+    assert "read: a dräft, and more" in shown
 
 
 def test_a_lost_connection_is_told_while_the_rest_is_still_tried_for(capsys: pytest.CaptureFixture[str]) -> None:
