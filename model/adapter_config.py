@@ -82,9 +82,7 @@ class AdapterConfig:
         path = folder / CONFIG_FILE
         try:
             return cls.from_dict(read_json_object(path))
-        except InvalidModelConfig as error:
-            raise AdapterError(str(error)) from error
-        except AdapterError as error:
+        except (InvalidModelConfig, AdapterError) as error:
             raise AdapterError(f"{path}: {error}") from error
 
     @classmethod

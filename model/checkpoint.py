@@ -237,6 +237,8 @@ def _why_none(folder: CheckpointFolder, there: frozenset[str], single_file: str)
     """The error message for a folder without a checkpoint, depending on what it holds instead."""
     wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE}" if single_file == SINGLE_FILE else f"no {single_file}"
     said = f"{folder.file('').rstrip('/')} holds {wanted}"
+    if (link := Path(folder.file(single_file))).is_symlink():  # as in a hub's cache whose blobs were removed
+        return f"{link} is a link to {link.readlink()}, which does not exist"
     if pickles := sorted(name for name in there if name.endswith((".bin", ".pt", ".pth"))):
         return f"{said}; {pickles[0]} is a pickle, which can run any code when it is read, and is refused: convert it to safetensors"
     shards = sorted(name for name in there if name.endswith(".safetensors"))

@@ -336,7 +336,7 @@ def _required(raw: Mapping[str, Any], field: str, kind: type[T]) -> T:
     if value is None:
         raise InvalidModelConfig(f"{field} is missing")
     if not isinstance(value, kind):
-        raise InvalidModelConfig(f"{field} is {value!r}, expected a {kind.__name__}")
+        raise InvalidModelConfig(f"{field} is {value!r}, expected {kind.__name__}")
     return value
 
 

@@ -18,6 +18,7 @@ from parallel.topology import Topology
 from serve.config import ModelSettings, ServeConfig
 from serve.model_facts import ModelFacts
 from serve.model_source import DEMO, ModelSourceError, Report, find_model
+from serve.text.chat_template import ChatTemplate
 from serve.text.tokenizer import Tokenizer
 
 
@@ -28,8 +29,8 @@ class UnusableCheckpoint(ValueError):
 def check_model(
     location: Path | str, topology: Topology, adapter: Path | str | None = None, *, max_context_tokens: int | None = None
 ) -> None:
-    """Check configuration, tokenizer and the headers of all weight files, each by itself and for consistency, and that the model supports
-    this topology and context length. The weights of an adapter on this host are checked fully.
+    """Check configuration, tokenizer, chat template and the headers of all weight files, each by itself and for consistency, and that the
+    model supports this topology and context length. The weights of an adapter on this host are checked fully.
 
     Raises:
         UnusableCheckpoint: the model cannot be served.
@@ -43,7 +44,9 @@ def check_model(
             check_checkpoint(checkpoint, config, adapter=opened)
             if opened is not None and not is_remote(opened.location):
                 opened.check_numbers()
-        ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
+        tokenizer = Tokenizer.from_folder(folder)
+        ChatTemplate.from_folder(folder, tokenizer)
+        ModelFacts.from_checkpoint(folder, name="", tokenizer=tokenizer)
     except ValueError as error:  # InvalidLayout, ContextTooLong, CheckpointError and -Mismatch, AdapterError, InvalidModelConfig, ...
         raise UnusableCheckpoint(str(error)) from error
 

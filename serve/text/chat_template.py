@@ -44,8 +44,15 @@ class ChatTemplate:
         """The template in ``folder``. If there is none: Qwen2's if the model ends its turns as in ChatML, else None.
 
         Raises:
-            InvalidTokenizer: the template is damaged.
+            InvalidTokenizer: the template is damaged; the message names the folder.
         """
+        try:
+            return cls._from_folder(folder, tokenizer, seconds=seconds, chars=chars)
+        except (OSError, ValueError) as error:
+            raise InvalidTokenizer(f"the chat template in {folder} cannot be used: {error}") from error
+
+    @classmethod
+    def _from_folder(cls, folder: Path, tokenizer: Tokenizer, *, seconds: float, chars: int) -> "ChatTemplate | None":
         source = stored_source(folder)
         if source is None and tokenizer.named.get("eos_token") == "<|im_end|>" and tokenizer.id_of("<|im_start|>") in tokenizer.special_ids:
             source = CHATML

@@ -123,7 +123,8 @@ class SandboxedTemplate:
             tree = _Bounded().visit(environment.parse(source))
             self._template = environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not a Jinja template: {error}") from error
+            line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise ValueError(f"it is not a Jinja template: {error.message}{line}") from error
 
     def render(self, values: Mapping[str, Any], *, seconds: float, chars: int) -> str:
         """Render the template within bounds of time and length.

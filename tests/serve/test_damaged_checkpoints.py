@@ -127,6 +127,12 @@ def add(folder: Path, tensor: str) -> None:
     edit_index(folder, tensor, file_of(folder, NORM).name)
 
 
+def single_link_to_nowhere(folder: Path) -> None:
+    for path in (*folder.glob("*.safetensors"), folder / INDEX_FILE):
+        path.unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
 def as_pickle(folder: Path) -> None:
     for path in [*folder.glob("*.safetensors"), folder / INDEX_FILE]:
         path.unlink()
@@ -192,6 +198,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor too many": (lambda f: add(f, "model.layers.7.mlp.bias"), r"not used by this model: model.layers.7.mlp.bias"),
     "a shard missing": (lambda f: a_shard(f).unlink(), r"names model-00002.*which is missing"),
     "a link to nowhere": (link_to_nowhere, r"names model-00002.*which is missing"),
+    "a single file that is a link to nowhere": (single_link_to_nowhere, r"model.safetensors is a link to .*gone, which does not exist"),
     "an index naming a file above": (lambda f: edit_index(f, NORM, "../x.safetensors"), rf"{NORM} is said to be in '\.\./x"),
     "an index naming an absolute path": (lambda f: edit_index(f, NORM, "/etc/passwd"), rf"{NORM} is said to be in '/etc/passwd'"),
     "an index naming a number": (lambda f: edit_index(f, NORM, 7), rf"{NORM} is said to be in 7"),
@@ -217,6 +224,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer in .*tokenizer.json"),
     "a tokenizer cut short": (lambda f: (f / "tokenizer.json").write_text("{"), r"tokenizer in .* cannot be used"),
     "a tokenizer of a larger model": (more_tokens, r"tokenizer in .* knows 5001 tokens, the model only"),
+    "a chat template that is none": (
+        lambda f: (f / "chat_template.jinja").write_text("\n{% if %}"),
+        r"chat template in .* cannot be used: it is not a Jinja template: .*\(line 2\)",
+    ),
+    "a chat template in another encoding": (
+        lambda f: (f / "chat_template.jinja").write_bytes("é".encode("latin-1")),
+        r"chat template in .* cannot be used: 'utf-8' codec",
+    ),
     "an empty folder": (lambda f: [path.unlink() for path in f.iterdir()], r"there is no config.json"),
 }
 
@@ -233,7 +248,7 @@ def test_a_damaged_checkpoint_is_refused_at_once(
     monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
     inflict, said = DAMAGES[damage]
     inflict(folder)
-    if scheme and damage in ("a link to nowhere", "an empty folder"):
+    if scheme and ("link to nowhere" in damage or damage == "an empty folder"):
         pytest.skip("a store has no links and no empty folders")
     begun = time.process_time()
     with pytest.raises(UnusableCheckpoint, match=said):
