@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from engine.run.settings import DtypeName, KvDtypeName, QuantizeName
 from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 if TYPE_CHECKING:
@@ -27,9 +28,15 @@ def plan(
     context: Annotated[str | None, typer.Option("--context", help="Tokens per sequence, prompt plus answer: 32k, 8192.")] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Concurrent sequences, over all replicas.")] = 64,
     dtype: Annotated[
-        Literal["bf16", "fp8", "int8", "int4"] | None, typer.Option("--dtype", help="Weight format; by default the checkpoint's.")
+        DtypeName,
+        typer.Option("--dtype", help="As for manta serve; auto is bfloat16, and float32 is not planned."),
+    ] = "auto",
+    quantize: Annotated[
+        QuantizeName | None, typer.Option("--quantize", help="As for manta serve; by default weights are as stored.")
     ] = None,
-    kv_dtype: Annotated[Literal["auto", "fp8"], typer.Option("--kv-dtype", help="KV cache format; auto is bf16.")] = "auto",
+    kv_dtype: Annotated[
+        KvDtypeName, typer.Option("--kv-dtype", help="As for manta serve; auto has 16 bits, fp8 holds twice the tokens.")
+    ] = "auto",
     max_step_tokens: Annotated[
         int | None, typer.Option("--max-step-tokens", min=1, help="Maximum tokens per step (engine.max_step_tokens).")
     ] = None,
@@ -58,7 +65,7 @@ def plan(
 
     \b
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
-      manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4 --kv-dtype fp8
+      manta plan Qwen2-72B --gpus 4xA100-80G --quantize int4 --kv-dtype fp8
       manta plan Qwen2.5-32B-Instruct --gpus 2xH100-80G
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --hosts 2 --redundant-experts 1
@@ -74,7 +81,7 @@ def plan(
     if model is None or not gpus:
         exit_with_error("give a model and GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
-        inputs = _inputs(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
+        inputs = _inputs(model, gpus, hosts, context, concurrency, dtype, quantize, kv_dtype, max_step_tokens, network)
         made = _plan(replace(inputs, redundant_experts=redundant_experts, draft=_shape(draft_model)))
     except PlanError as error:
         exit_with_error(str(error), code=WRONG_USAGE)
@@ -91,19 +98,24 @@ def _inputs(
     hosts: int,
     context: str | None,
     concurrency: int,
-    dtype: str | None,
-    kv_dtype: str,
+    dtype: DtypeName,
+    quantize: QuantizeName | None,
+    kv_dtype: KvDtypeName,
     max_step_tokens: int | None,
     network_gbit: float,
 ) -> "PlanInputs":
     from engine.config import EngineConfig
-    from serve.planning.formats import ACTIVATION_BYTES, FORMATS
+    from serve.planning.errors import PlanError
+    from serve.planning.formats import ACTIVATION_BYTES, BF16, FLOAT16, FORMATS
     from serve.planning.hardware import Fleet, network, parse_gpus
     from serve.planning.memory import Workload
     from serve.planning.plan import PlanInputs
     from serve.planning.released_models import find_shape
 
+    if dtype == "float32":
+        raise PlanError("float32 is not planned: plans count 16 bits for activations and KV; use bfloat16 (the default) or float16")
     shape, defaults = find_shape(model), EngineConfig()
+    stored = FLOAT16 if dtype == "float16" and shape.format is BF16 else shape.format
     count, gpu = parse_gpus(gpus)
     workload = Workload(
         context_tokens=min(DEFAULT_CONTEXT, shape.max_context_tokens) if context is None else parse_tokens(context),
@@ -113,7 +125,7 @@ def _inputs(
         kv_element_bytes=1 if kv_dtype == "fp8" else ACTIVATION_BYTES,
     )
     fleet = Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(network_gbit))
-    return PlanInputs(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)
+    return PlanInputs(shape=shape, fleet=fleet, format=FORMATS[quantize] if quantize else stored, dtype=dtype, workload=workload)
 
 
 def _shape(draft_model: str | None) -> "ModelShape | None":

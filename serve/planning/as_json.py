@@ -11,7 +11,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     work, fleet = inputs.workload, inputs.fleet
     return {
         "model": inputs.shape.name,
-        "dtype": inputs.format.name,
+        "dtype": inputs.dtype,
+        "format": inputs.format.name,
         "gpu": {"name": fleet.gpu.name, "memory_bytes": fleet.gpu.memory_bytes},
         "gpus_per_host": fleet.gpus_per_host,
         "hosts": fleet.hosts,

@@ -57,6 +57,7 @@ def _parallel(layout: Layout) -> dict[str, int]:
 def _settings(layout: Layout, inputs: PlanInputs) -> dict[str, Any]:
     """The settings that the memory plan assumes. A quantised checkpoint needs none for its format."""
     quantize = inputs.format.quantize
+    dtype = "bfloat16" if inputs.dtype == "auto" and (inputs.format is BF16 or quantize) else inputs.dtype
     return {
         "engine": {
             "max_step_tokens": inputs.workload.step_tokens,
@@ -64,7 +65,7 @@ def _settings(layout: Layout, inputs: PlanInputs) -> dict[str, Any]:
             **({"speculate": "draft"} if inputs.draft else {}),
         },
         "runner": {
-            "dtype": "bfloat16" if inputs.format is BF16 or quantize else "auto",
+            "dtype": dtype,
             **({"quantize": quantize} if quantize else {}),
             **({"kv_dtype": "fp8"} if inputs.workload.kv_element_bytes == 1 else {}),
             "max_context_tokens": inputs.workload.context_tokens,

@@ -10,7 +10,7 @@ from parallel.axes import Share
 from parallel.scale_groups import GROUP_SIZE, PADDED_TO
 
 ACTIVATION_BYTES = 2
-"""Activations, norms, biases and routers are bfloat16 in every format; KV too, unless FP8 is requested."""
+"""Activations, norms, biases and routers are bfloat16 (or float16) in every format; KV too, unless FP8 is requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Format:
         return filled // self.group
 
 
-BF16 = Format(name="bf16", bits=16)
+BF16 = Format(name="bfloat16", bits=16)
+FLOAT16 = Format(name="float16", bits=16)
 FP8 = Format(name="fp8", bits=8, scale_bits=32, quantize="fp8", multiplies_fp8=True)
 """A float32 scale per output feature. See `parallel.quantised_format`, also for INT8 and INT4."""
 _INT8_MATRIX = Format(name="int8", bits=8, group=GROUP_SIZE["int8"], scale_bits=16, quantize="int8", filled_to=PADDED_TO["int8"])
@@ -77,4 +78,4 @@ STORED_QUANTISED: dict[QuantisedKind, Format] = {"int8": STORED_INT8, "int4": ST
 """How matrices stored by GPTQ or AWQ are held (`model.quantisation.Quantisation.preferred_kind`). Embedding and head are not quantised."""
 
 FORMATS = {format.name: format for format in (BF16, FP8, INT8, INT4)}
-"""Values of `--dtype`."""
+"""By the name that a plan shows: bfloat16, or a value of `--quantize`."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.run.settings import DtypeName
 from parallel.topology import Topology
 from serve.planning.errors import PlanError
 from serve.planning.floors import Floors, Replica, floors
@@ -29,6 +30,8 @@ class PlanInputs:
     fleet: Fleet
     format: Format
     workload: Workload
+    dtype: DtypeName = "auto"
+    """`runner.dtype` of the emitted settings. "auto": bfloat16 where it is known that this is meant."""
     redundant_experts: int = 0
     """Extra experts per layer on each ep position (`runner.redundant_experts`)."""
     draft: ModelShape | None = None

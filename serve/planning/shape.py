@@ -152,7 +152,7 @@ def _format(raw: Mapping[str, Any]) -> Format:
     try:
         quantisation = Quantisation.from_dict(described)
     except (InvalidQuantisation, UnsupportedQuantisation) as error:
-        raise PlanError(f"quantization_config: {error}; plan from the plain checkpoint, with --dtype") from error
+        raise PlanError(f"quantization_config: {error}; plan from the plain checkpoint, with --quantize") from error
     return STORED_QUANTISED[quantisation.preferred_kind()]
 
 

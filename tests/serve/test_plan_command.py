@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from engine.run.settings import DtypeName
 from parallel.topology import Topology
 from serve.cli import app
 from serve.commands.plan import parse_tokens
@@ -50,15 +52,47 @@ def test_all_lists_every_layout_and_every_refusal() -> None:
 
 
 def test_json_has_every_rank_and_every_reason() -> None:
-    code, output = manta("Qwen2-72B", "--gpus", "8xA100-40G", "--hosts", "2", "--dtype", "int4", "--json")
+    code, output = manta("Qwen2-72B", "--gpus", "8xA100-40G", "--hosts", "2", "--quantize", "int4", "--json")
     made = json.loads(output)
     assert code == 0
-    assert (made["gpus_per_host"], made["hosts"], made["dtype"]) == (8, 2, "int4")
+    assert (made["gpus_per_host"], made["hosts"], made["format"], made["dtype"]) == (8, 2, "int4", "auto")
     for layout in made["layouts"]:
         assert len(layout["ranks"]) == layout["tp"] * layout["pp"] * layout["dp"]
         assert layout["floors"]["tokens_per_s"] > 0
         assert layout["served_today"] == (not layout["limits_today"])
     assert {"tp", "pp", "dp", "ep", "reason", "sentence"} == set(made["invalid"][0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "format", "dtype"),
+    [
+        ((), "bfloat16", "bfloat16"),
+        (("--dtype", "auto"), "bfloat16", "bfloat16"),
+        (("--dtype", "bfloat16"), "bfloat16", "bfloat16"),
+        (("--dtype", "float16"), "float16", "float16"),
+        (("--dtype", "float16", "--quantize", "int8"), "int8", "float16"),
+        (("--quantize", "fp8"), "fp8", "bfloat16"),
+    ],
+)
+def test_dtype_and_format_have_the_names_of_manta_serve_and_are_emitted_so(flags: tuple[str, ...], format: str, dtype: str) -> None:
+    question = ("Qwen2-7B", "--gpus", "2xH100-80G", *flags)
+    assert json.loads(manta(*question, "--json")[1])["format"] == format
+    runner = yaml.safe_load(manta(*question, "--emit", "config")[1])["runner"]
+    assert (runner["dtype"], runner.get("quantize", format)) == (dtype, format)
+
+
+def test_float16_takes_the_memory_of_bfloat16() -> None:
+    plain, half = (json.loads(manta("Qwen2-7B", "--gpus", "2xL4", "--json", "--dtype", name)[1]) for name in ("bfloat16", "float16"))
+    assert plain["layouts"] == half["layouts"]
+
+
+def test_float32_is_not_planned_and_an_unknown_dtype_is_answered_with_those_that_exist() -> None:
+    code, output = manta("Qwen2-7B", "--gpus", "2xL4", "--dtype", "float32")
+    assert code == 2
+    assert "float32 is not planned" in output
+    code, output = manta("Qwen2-7B", "--gpus", "2xL4", "--dtype", "bf16")
+    assert code == 2
+    assert all(name in output for name in get_args(DtypeName))
 
 
 def test_a_draft_model_takes_its_weights_and_keys_and_values_on_the_ranks_that_sample() -> None:

@@ -151,7 +151,7 @@ def all_but_routed(shape: ModelShape) -> int:
     return (held.num_bytes - held.routed.num_bytes) // 2
 
 
-@pytest.mark.parametrize(("name", "bits"), [("bf16", 16), ("fp8", 8), ("int8", 8)])
+@pytest.mark.parametrize(("name", "bits"), [("bfloat16", 16), ("fp8", 8), ("int8", 8)])
 def test_a_format_takes_its_bits_and_a_little_for_scales(name: str, bits: int) -> None:
     weights = 4096 * 4096
     held = FORMATS[name].matrix_bytes(4096, whole(4096))
