@@ -1,6 +1,6 @@
 import pytest
 from manta_client.endpoint import Access, Endpoint
-from manta_client.errors import InsecureKey, InvalidEndpoint
+from manta_client.errors import InsecureKey, InvalidEndpoint, InvalidKey
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,10 @@ def test_a_key_never_crosses_a_network_in_the_clear_unless_allowed() -> None:
 
 def test_the_key_is_not_in_what_is_printed() -> None:
     assert "secret" not in repr(resolve(api_key="secret"))
+
+
+@pytest.mark.parametrize("key", ["schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel", "manta-abc\n"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(InvalidKey, match="other than printable ASCII") as caught:
+        resolve(api_key=key)
+    assert key not in str(caught.value)

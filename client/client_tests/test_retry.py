@@ -1,3 +1,5 @@
+import traceback
+
 import grpc
 import pytest
 from manta_client.errors import CallFailed
@@ -40,6 +42,23 @@ def test_whoever_wants_to_know_is_told_of_every_further_attempt_and_not_of_the_e
     tries.progressed()
     tries.pause_s(unavailable)
     assert told == [1, 2, 1]
+
+
+def test_a_failure_is_shown_without_the_error_it_was_made_from() -> None:
+    def fail() -> None:
+        try:
+            raise OSError("what gRPC says")
+        except OSError:
+            attempts().pause_s(failure(grpc.StatusCode.INVALID_ARGUMENT))
+
+    with pytest.raises(CallFailed) as caught:
+        fail()
+    assert "what gRPC says" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_timeout_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="timeout must be a number of seconds, not '5'"):
+        Attempts(RetryPolicy(), "5")  # type: ignore[arg-type]
 
 
 def test_the_servers_time_is_never_undercut() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from .errors import InsecureKey, InvalidEndpoint
+from .errors import InsecureKey, InvalidEndpoint, InvalidKey
 
 DEFAULT = "grpc://127.0.0.1:9000"
 
@@ -66,6 +66,11 @@ class Certificates:
             raise ValueError("a client certificate needs its key, and the key its certificate; give both or neither")
 
 
+def is_header_value(text: object) -> bool:
+    """Whether gRPC can send this as the value of metadata: text in printable ASCII."""
+    return isinstance(text, str) and text.isascii() and text.isprintable()
+
+
 @dataclass(frozen=True)
 class Access:
     """An endpoint and the API key for it."""
@@ -87,6 +92,7 @@ class Access:
         Raises:
             InvalidEndpoint: the endpoint cannot be parsed.
             InsecureKey: the key would cross a network without TLS.
+            InvalidKey: the key has characters that no API key has.
         """
         environment = os.environ if environment is None else environment
         place = Endpoint.parse(endpoint or environment.get("MANTA_ENDPOINT") or DEFAULT)
@@ -96,6 +102,8 @@ class Access:
                 f"the API key would be readable on the way to {place.target}: use grpcs://, or pass allow_insecure_key=True "
                 "where something else protects the connection"
             )
+        if key and not is_header_value(key):  # not repeated here: most of it may be right
+            raise InvalidKey("the API key has characters other than printable ASCII, which no key has")
         return cls(place, key)
 
     @property

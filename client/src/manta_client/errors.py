@@ -22,6 +22,10 @@ class InsecureKey(MantaError, ValueError):
     """The API key would be sent to another machine without TLS."""
 
 
+class InvalidKey(MantaError, ValueError):
+    """The API key has characters that no API key has."""
+
+
 class ModelNotChosen(MantaError, ValueError):
     """No model was named and the server does not serve exactly one."""
 

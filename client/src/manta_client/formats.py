@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,29 +12,48 @@ from .answers import ToolCall
 
 MODES = {"auto": "TOOL_CHOICE_MODE_AUTO", "none": "TOOL_CHOICE_MODE_NONE", "required": "TOOL_CHOICE_MODE_REQUIRED"}
 
+LOOKS = {
+    "json_schema": '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}',
+    "regex": '{"type": "regex", "regex": "[a-z]+"}',
+    "choice": '{"type": "choice", "choice": ["yes", "no"]}',
+    "grammar": '{"type": "grammar", "grammar": "..."}',
+}
+"""Response formats, for error messages."""
 
-def response_format(form: Any) -> messages_pb2.ResponseFormat:
-    """A pydantic model, a JSON schema as a dict, or a dict with one of the types below.
+
+def response_format(form: Any) -> messages_pb2.ResponseFormat | None:
+    """A pydantic model, a JSON schema as a dict, or a dict with one of the types below. OpenAI's {"type": "text"} asks for nothing.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is none of these, or lacks what its type needs.
     """
     if schema := _model_schema(form):
         return messages_pb2.ResponseFormat(json_schema=json.dumps(schema))
     if not isinstance(form, Mapping):
         raise TypeError("response_format must be a pydantic model, a JSON schema, or a dict with a type")
     kind = form.get("type")
+    if kind == "text":
+        return None
     if kind == "json_object":
         return messages_pb2.ResponseFormat(json_object=True)
+    if not isinstance(kind, str) or kind not in LOOKS:
+        return messages_pb2.ResponseFormat(json_schema=json.dumps(form))
+    try:
+        return _typed_format(kind, form)
+    except (KeyError, TypeError):
+        raise TypeError(f"response_format of type {kind!r} must look like {LOOKS[kind]}") from None
+
+
+def _typed_format(kind: str, form: Mapping[str, Any]) -> messages_pb2.ResponseFormat:
     if kind == "json_schema":
         return messages_pb2.ResponseFormat(json_schema=json.dumps(form["json_schema"]["schema"]))
     if kind == "regex":
         return messages_pb2.ResponseFormat(regex=form["regex"])
-    if kind == "choice":
-        return messages_pb2.ResponseFormat(choices=messages_pb2.Choices(texts=form["choice"]))
     if kind == "grammar":
         return messages_pb2.ResponseFormat(grammar=form["grammar"])
-    return messages_pb2.ResponseFormat(json_schema=json.dumps(form))
+    if isinstance(form["choice"], str):
+        raise TypeError("each of its letters would be a choice")
+    return messages_pb2.ResponseFormat(choices=messages_pb2.Choices(texts=form["choice"]))
 
 
 def tool_message(tool: Any) -> messages_pb2.Tool:
@@ -71,11 +91,19 @@ def tool_choice_message(choice: Any) -> messages_pb2.ToolChoice | None:
 
 
 def call_message(call: Any) -> messages_pb2.ToolCall:
-    """A call from a `ToolCall` of an earlier answer, or from OpenAI's dict."""
+    """A call from a `ToolCall` of an earlier answer, or from OpenAI's dict.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if isinstance(call, ToolCall):
         return messages_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
-    function = call["function"]
-    return messages_pb2.ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
+    try:
+        function = call["function"]
+        return messages_pb2.ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
+    except (KeyError, TypeError):
+        form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": "{...}"}}'
+        raise TypeError(f"a tool call must be a ToolCall or {form}, not {reprlib.repr(call)}") from None
 
 
 def _model_schema(model: Any) -> dict[str, Any] | None:

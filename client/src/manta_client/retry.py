@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 
 import grpc
 
@@ -39,6 +40,8 @@ class Attempts:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
+        if not isinstance(timeout_s, (int, float, NoneType)):
+            raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
         self._policy, self._clock, self._chance = policy, clock, chance
         self._deadline_s = None if timeout_s is None else clock() + timeout_s
         self._num_failed, self._most = 0, policy.max_retries
@@ -55,15 +58,16 @@ class Attempts:
         """Seconds to wait before the next attempt.
 
         Raises:
-            CallFailed: ``failure``, if another attempt would not help or would be too late.
+            CallFailed: ``failure``, if another attempt would not help or would be too late. A traceback shows it without gRPC's own error,
+                of which it says all.
         """
         self._num_failed += 1
         if not _is_transient(failure) or self._num_failed > self._most:
-            raise failure
+            raise failure from None
         pause_s = self._own_pause_s() if failure.retry_after is None else failure.retry_after * (1 + 0.25 * self._chance())
         remaining_s = self.remaining_s()
         if pause_s > self._policy.longest_pause_s * 1.25 or (remaining_s is not None and pause_s >= remaining_s):
-            raise failure
+            raise failure from None
         if self._policy.on_retry is not None:
             self._policy.on_retry(failure, self._num_failed)
         return pause_s

@@ -9,7 +9,7 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import ChatCompletion
 from ..assembly import Assembly, build_chat
-from ..requests import ChatMessage, Options, chat_request, new_key, seeded
+from ..requests import ChatMessage, Options, chat_request, key_of, seeded
 from .models import AsyncModels
 from .stream import AsyncStream
 from .transport import AsyncStreamingCall, AsyncTransport
@@ -53,7 +53,7 @@ class AsyncChat:
             ModelNotChosen: no model was named, and the server has several.
         """
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
-        name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
+        name, key = model or await self._models.only(timeout=timeout), key_of(idempotency_key)
         request = chat_request(model=name, messages=messages, priority=priority, options=seeded(options, key), **calls)
         response = await self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout, key=key)
         return convert.chat_completion(response)
@@ -75,7 +75,7 @@ class AsyncChat:
 
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
 
-        key = idempotency_key or new_key()
+        key = key_of(idempotency_key)
 
         async def begin() -> tuple[AsyncStreamingCall, Assembly[ChatCompletion]]:
             name = model or await self._models.only(timeout=timeout)

@@ -9,7 +9,7 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import Completion
 from ..assembly import Assembly, build_completion
-from ..requests import Options, Prompt, generate_request, new_key, seeded
+from ..requests import Options, Prompt, generate_request, key_of, seeded
 from .models import AsyncModels
 from .stream import AsyncStream
 from .transport import AsyncStreamingCall, AsyncTransport
@@ -48,7 +48,7 @@ class AsyncCompletions:
             CallFailed: the server refused the call or failed, or the timeout passed.
             ModelNotChosen: no model was named, and the server has several.
         """
-        name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
+        name, key = model or await self._models.only(timeout=timeout), key_of(idempotency_key)
         request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
         response = await self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout, key=key)
         return convert.completion(response)
@@ -66,7 +66,7 @@ class AsyncCompletions:
     ) -> AsyncStream[Completion]:
         """Complete prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
 
-        key = idempotency_key or new_key()
+        key = key_of(idempotency_key)
 
         async def begin() -> tuple[AsyncStreamingCall, Assembly[Completion]]:
             name = model or await self._models.only(timeout=timeout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .. import convert
 from .._generated import service_pb2
 from ..answers import EmbeddingList
-from ..requests import Prompt, embed_request, new_key
+from ..requests import Prompt, embed_request, key_of
 from .models import AsyncModels
 from .transport import AsyncTransport
 
@@ -41,7 +41,7 @@ class AsyncEmbeddings:
             CallFailed: the server refused the call or failed, or the timeout passed.
             ModelNotChosen: no model was named, and the server has several.
         """
-        name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
+        name, key = model or await self._models.only(timeout=timeout), key_of(idempotency_key)
         request = embed_request(model=name, input=input, dimensions=dimensions, priority=priority)
         response = await self._transport.call("Embed", request, service_pb2.EmbedResponse, timeout_s=timeout, key=key)
         return convert.embeddings(response)

@@ -10,7 +10,7 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import Completion
 from ..assembly import Assembly, build_completion
-from ..requests import Options, Prompt, generate_request, new_key, seeded
+from ..requests import Options, Prompt, generate_request, key_of, seeded
 from .models import Models
 from .stream import Stream
 from .transport import StreamingCall, Transport
@@ -49,7 +49,7 @@ class Completions:
             CallFailed: the server refused the call or failed, or the timeout passed.
             ModelNotChosen: no model was named, and the server has several.
         """
-        name, key = model or self._models.only(timeout=timeout), idempotency_key or new_key()
+        name, key = model or self._models.only(timeout=timeout), key_of(idempotency_key)
         request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
         response = self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout, key=key)
         return convert.completion(response)
@@ -67,7 +67,7 @@ class Completions:
     ) -> Stream[Completion]:
         """Complete prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
 
-        key = idempotency_key or new_key()
+        key = key_of(idempotency_key)
 
         def begin() -> tuple[StreamingCall, Assembly[Completion]]:
             name = model or self._models.only(timeout=timeout)
