@@ -156,7 +156,7 @@ class NotAllowed(ServeError):
     """The key is valid, but lacks the scope."""
 
     def __init__(self, scope: str) -> None:
-        super().__init__(f"this API key does not have the scope {scope!r} that is needed here")
+        super().__init__(f"this API key does not have the scope '{scope}' that is needed here")
 
 
 class QuotaExceeded(ServeError):

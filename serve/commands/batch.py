@@ -50,6 +50,8 @@ def batch(
         exit_with_error(f"--url {url!r} is not a URL; write for example http://127.0.0.1:8000", code=WRONG_USAGE)
     url = url.rstrip("/").removesuffix("/v1")  # as the greeting of `manta serve` and OpenAI's clients have it
     key = api_key or os.environ.get("MANTA_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):  # not repeated here: most of it may be right
+        exit_with_error("the API key has characters other than printable ASCII, which no key has", code=WRONG_USAGE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     stopped, shown = threading.Event(), None

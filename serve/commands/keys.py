@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve.commands.settings import exit_with_error
+from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 if TYPE_CHECKING:
     from serve.key_file import Key
@@ -48,9 +48,12 @@ def create(
     share: Annotated[float, typer.Option(help="Weight of this key, relative to others, when the engine is overloaded.")] = 1.0,
 ) -> None:
     """Create a key and print it. It is shown only once and stored nowhere."""
+    from serve.caller import Scope
     from serve.key_file import KeyFileError, locked_key_file, new_key
 
     path = _path(file)
+    for unknown in (one for one in scope or () if one not in list(Scope)):
+        exit_with_error(f"there is no scope {unknown!r}; --scope takes {', '.join(Scope)}", code=WRONG_USAGE)
     try:
         with locked_key_file(path) as write:
             present = _present(path)

@@ -50,7 +50,7 @@ def test_a_key_is_good_for_its_scopes_only(path: Path) -> None:
     authenticator = KeyAuthenticator(path)
     assert authenticator.authenticate([f"Bearer {shown}"], Scope.METRICS).id == key.id
     for scope in (Scope.INFER, Scope.ADMIN):
-        with pytest.raises(NotAllowed):
+        with pytest.raises(NotAllowed, match=f"the scope '{scope}'"):
             authenticator.authenticate([f"Bearer {shown}"], scope)
 
 

@@ -292,6 +292,13 @@ def test_a_wrong_key_is_told_before_anything_is_asked(tmp_path: Path, url: str, 
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_key_that_cannot_be_sent_is_told_and_not_shown(tmp_path: Path, url: str) -> None:
+    done = manta_batch(tmp_path, url, 1, "--api-key", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel")
+    assert done.exit_code == 2
+    assert "other than printable ASCII" in done.output
+    assert "ssel" not in done.output
+
+
 def test_an_empty_input_is_not_waited_with(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n")
     done = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")])

@@ -67,7 +67,8 @@ def test_a_rotated_key_is_taken_beside_its_successor(path: Path) -> None:
 
 def test_mistakes_are_told(path: Path) -> None:
     keys(path, "list", code=1)
-    keys(path, "create", "--scope", "root", code=1)
+    refused = CliRunner().invoke(app, ["keys", "create", "--scope", "root", "--file", str(path)])
+    assert (refused.exit_code, refused.stderr) == (2, "manta: there is no scope 'root'; --scope takes infer, admin, metrics\n")
     keys(path, "create", "--concurrency", "0", code=1)
     assert not path.exists()
     keys(path, "create")
