@@ -126,6 +126,8 @@ def _cause(message: str) -> str:
     """The last part of gRPC's message, "...: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused"."""
     if "handshake failed" in message:
         return "no TLS there, or a certificate that is not trusted; without TLS say grpc://"
+    if "http1.x server" in message:
+        return "that is an HTTP port; gRPC has one of its own, 9000 by default"
     return message.rpartition(": ")[2].removesuffix("]") or message
 
 

@@ -229,6 +229,7 @@ def test_a_server_that_is_lost_in_an_answer_is_told_on_a_line_of_its_own(client:
     ("message", "cause"),
     [
         ("last error: UNKNOWN: ipv4:127.0.0.1:9777: Tls handshake failed (TSI): SSL_ERROR_SSL: error: OK", "no TLS there"),
+        ("Failed parsing HTTP/2 (...) (Trying to connect an http1.x server (HTTP status 400))", "that is an HTTP port"),
         ("errors resolving x:1: [field:hostname lookup error:failed for x:1: Domain name not found]", "Domain name not found"),
         ("last error: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused", "Connection refused"),
     ],
