@@ -9,6 +9,7 @@ from serve.auth import Authenticator
 from serve.caller import ANONYMOUS, Caller
 from serve.caller import Scope as KeyScope
 from serve.errors import NotAuthenticated
+from serve.http.boundary import ERROR_HEADERS
 from serve.http.errors import error_response
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
@@ -43,7 +44,11 @@ class AuthMiddleware:
                 MutableHeaders(scope=message).update(self._quota_headers(caller))
             await send(message)
 
-        await self._app({**scope, CALLER: caller}, receive, send_with_quota)
+        try:
+            await self._app({**scope, CALLER: caller}, receive, send_with_quota)
+        except Exception:
+            scope[ERROR_HEADERS] = dict(self._quota_headers(caller))
+            raise
 
 
 def required_scope(path: str) -> KeyScope | None:

@@ -14,6 +14,8 @@ from serve.limits import Limits, is_identifier
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+ERROR_HEADERS = "manta.error_headers"
+"""Key in an ASGI scope of headers for the error response: inner middleware sets it before an exception passes."""
 
 
 class RequestBoundary:
@@ -46,7 +48,7 @@ class RequestBoundary:
         except Exception as error:
             if started:
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, headers=scope.get(ERROR_HEADERS))(scope, receive, send_with_id)
 
     def _check_size(self, scope: Scope) -> None:
         headers = scope["headers"]

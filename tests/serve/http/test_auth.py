@@ -118,6 +118,11 @@ async def test_answers_tell_what_is_left_of_a_quota(locked: httpx.AsyncClient, k
     assert not [name for name in unlimited.headers if name.startswith("x-ratelimit")]
 
 
+async def test_refusals_tell_what_is_left_of_a_quota_too(locked: httpx.AsyncClient, keys: Keys) -> None:
+    refused = await locked.post("/v1/chat/completions", json={}, headers=keys.header("few"))
+    assert (refused.status_code, refused.headers["x-ratelimit-limit-requests"]) == (400, "1")
+
+
 async def test_priority_and_deadline_come_in_headers(http: httpx.AsyncClient, service, chat_body) -> None:
     await http.post("/v1/chat/completions", json=chat_body, headers={"x-priority": "-3", "x-deadline-ms": "60000"})
     assert service.asked[0].priority == -3
