@@ -264,6 +264,12 @@ def _meant(name: str) -> str:
     return f" (did you mean {known[near[0]]}?)" if near else ""
 
 
+def _mistyped(repository: str) -> str:
+    """`_meant` for a repository that the hub does not have; only of Qwen's, whose names are known."""
+    owner, _, name = repository.partition("/")
+    return _meant(name) if owner.lower() == "qwen" else ""
+
+
 def _demo(report: Report) -> Path:
     from serve.demo_model import DemoModelError, ensure_demo_model  # torch, which only this path needs
 
@@ -285,7 +291,7 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WAN
         raise ModelSourceError(f"{repository} is gated: accept its terms on the hub, then set HF_TOKEN to a token of yours") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelSourceError(
-            f"the hub has no repository {repository}, or it is private: set HF_TOKEN to a token that may read it"
+            f"the hub has no repository {repository}{_mistyped(repository)}, or it is private: set HF_TOKEN to a token that may read it"
         ) from error
     except Exception as error:  # LocalEntryNotFoundError, OSError, and errors of its HTTP library, which share no base class
         raise ModelSourceError(

@@ -72,6 +72,8 @@ def test_a_host_that_only_fronts_fetches_no_weights(hub: Hub, folder: Path) -> N
     ("source", "revision", "said"),
     [
         ("Qwen/Nowhere", None, "the hub has no repository Qwen/Nowhere, or it is private"),
+        ("Qwen/Qwen2-7B-Instrct", None, r"the hub has no repository Qwen/Qwen2-7B-Instrct \(did you mean Qwen/Qwen2-7B-Instruct\?\), or"),
+        ("Other/Qwen2-7B-Instrct", None, "the hub has no repository Other/Qwen2-7B-Instrct, or it is private"),
         (REPOSITORY, "v9", "Qwen/Tiny has no revision 'v9'"),
         (GATED, None, "Qwen/Gated is gated: accept its terms"),
     ],
