@@ -40,80 +40,103 @@ def _nibble_minus_zero(pairs, nibble: tl.constexpr, zero):
     return (((pairs >> 4 * nibble) & 15).to(tl.int8) - zero.to(tl.int8)).to(tl.float32)
 
 
+@triton.jit
+def _in_lanes(loaded_XYJ):
+    """(X, Y, V, I)"""
+    return tl.reshape(loaded_XYJ, (loaded_XYJ.shape[0], loaded_XYJ.shape[1], loaded_XYJ.shape[2] // IN_LANE, IN_LANE))
+
+
+@triton.jit
+def _rows_in_lanes(x_1R1, features_11J, in_size):
+    """(1, R, V, I) in float32"""
+    return _in_lanes(tl.load(x_1R1 + features_11J, mask=features_11J < in_size, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def column_sums(
+    x, numbers, scales, column_C, is_output_C, in_size, stride,
+    KIND: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """(C, R) in float32: all rows times some outputs. ``stride``: elements (int4: bytes) of one output, with padding. The first weights are
+    loaded before the input is ready (PDL), and later ones one iteration ahead of their use.
+
+    Weights and rows are loaded along one axis of V I neighbours (J), I at a time: then each thread has the same lanes of both. Had they
+    axes of their own for lanes and columns, Triton would choose which to spread over threads, for each tensor by itself, and move the
+    weights through shared memory (3.6 and 3.7.1 choose differently).
+    """
+    column_C11, is_output_C11 = column_C[:, None, None], is_output_C[:, None, None]
+    lane_11V = tl.arange(0, LANES)[None, None, :] * IN_LANE
+    offset_11J = tl.max_contiguous(tl.arange(0, LANES * IN_LANE)[None, None, :], (1, 1, IN_LANE))
+    at_C1J = numbers + column_C11.to(tl.int64) * stride + offset_11J
+    ahead_C1J = tl.load(at_C1J, mask=is_output_C11 & (offset_11J < stride), other=0.0)
+    if KIND == "int8":
+        scales_C11 = scales + column_C11.to(tl.int64) * (stride // 128)
+        scale_ahead_C1V = tl.load(scales_C11 + lane_11V // 128, mask=is_output_C11 & (lane_11V < stride), other=0.0)
+    elif KIND == "int4_zeros":
+        scales_C11 = scales + column_C11.to(tl.int64) * (stride // 64)
+        scale_ahead_C1V = tl.load(scales_C11 + lane_11V // 64, mask=is_output_C11 & (lane_11V < stride), other=0)
+    elif KIND == "int4":
+        scales_C11 = scales + column_C11.to(tl.int64) * (stride // 16)
+        scale_ahead_C1V = tl.load(scales_C11 + lane_11V // 32 * 2, mask=is_output_C11 & (lane_11V < stride), other=0.0)
+        upper_ahead_C1V = tl.load(scales_C11 + lane_11V // 32 * 2 + 1, mask=is_output_C11 & (lane_11V < stride), other=0.0)
+    wait_for_previous(PDL)
+    x_1R1 = x + tl.arange(0, ROWS)[None, :, None] * in_size
+    sum_CRV = tl.zeros([column_C.shape[0], ROWS, LANES], tl.float32)
+    for start in range(0, stride, LANES * IN_LANE):
+        next_start = start + LANES * IN_LANE
+        now_C1VI = _in_lanes(ahead_C1J)
+        ahead_C1J = tl.load(at_C1J + next_start, mask=is_output_C11 & (next_start + offset_11J < stride), other=0.0)
+        if KIND == "int4":  # the low nibble of a byte belongs to one group and the high nibble to the next
+            scale_C1V, upper_C1V, groups_11V = scale_ahead_C1V, upper_ahead_C1V, (next_start + lane_11V) // 32 * 2
+            is_scale_C1V = is_output_C11 & (next_start + lane_11V < stride)
+            scale_ahead_C1V = tl.load(scales_C11 + groups_11V, mask=is_scale_C1V, other=0.0)
+            upper_ahead_C1V = tl.load(scales_C11 + groups_11V + 1, mask=is_scale_C1V, other=0.0)
+            dim_11J = tl.max_contiguous((start + offset_11J) // 32 * 64 + (start + offset_11J) % 32, (1, 1, IN_LANE))
+            x_1RVI = _rows_in_lanes(x_1R1, dim_11J, in_size)
+            sum_CRV += tl.sum(_nibble(now_C1VI, 0) * x_1RVI, axis=3) * scale_C1V.to(tl.float32)
+            x_1RVI = _rows_in_lanes(x_1R1, dim_11J + 32, in_size)
+            sum_CRV += tl.sum(_nibble(now_C1VI, 1) * x_1RVI, axis=3) * upper_C1V.to(tl.float32)
+        elif KIND == "int4_zeros":
+            word_C1V, next_11V = scale_ahead_C1V, next_start + lane_11V
+            scale_ahead_C1V = tl.load(scales_C11 + next_11V // 64, mask=is_output_C11 & (next_11V < stride), other=0)
+            zero_C1V1 = group_zero(word_C1V)[:, :, :, None]
+            dim_11J = tl.max_contiguous((start + offset_11J) // 32 * 64 + (start + offset_11J) % 32, (1, 1, IN_LANE))
+            x_1RVI = _rows_in_lanes(x_1R1, dim_11J, in_size)
+            here_CRV = tl.sum(_nibble_minus_zero(now_C1VI, 0, zero_C1V1) * x_1RVI, axis=3)
+            x_1RVI = _rows_in_lanes(x_1R1, dim_11J + 32, in_size)
+            here_CRV += tl.sum(_nibble_minus_zero(now_C1VI, 1, zero_C1V1) * x_1RVI, axis=3)
+            sum_CRV += here_CRV * group_scale(word_C1V)
+        else:
+            here_CRV = tl.sum(now_C1VI.to(tl.float32) * _rows_in_lanes(x_1R1, start + offset_11J, in_size), axis=3)
+            if KIND == "int8":
+                here_CRV *= scale_ahead_C1V.to(tl.float32)
+                next_11V = next_start + lane_11V
+                scale_ahead_C1V = tl.load(scales_C11 + next_11V // 128, mask=is_output_C11 & (next_11V < stride), other=0.0)
+            sum_CRV += here_CRV
+    return tl.sum(sum_CRV, axis=2)
+
+
 @quick
 @triton.jit(do_not_specialize=["has_bias"])
 def _gemv_kernel(
     x, numbers, scales, bias, out, in_size, stride, out_size, has_bias,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of all rows. ``stride``: elements (int4: bytes) of one output, with padding. The first weights are loaded before the
-    input is ready (PDL), and later ones one iteration ahead of their use."""
+    """Some outputs of all rows."""
     launch_dependents(PDL)
-    column_11C1 = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
-    row_1R11 = tl.arange(0, ROWS)[None, :, None, None]
-    lane_V111 = tl.arange(0, LANES)[:, None, None, None] * IN_LANE
-    offset_V11I = lane_V111 + tl.arange(0, IN_LANE)[None, None, None, :]
-    is_output_11C1 = column_11C1 < out_size
-    at_V1CI = numbers + column_11C1.to(tl.int64) * stride + offset_V11I
-    ahead_V1CI = tl.load(at_V1CI, mask=is_output_11C1 & (offset_V11I < stride), other=0.0)
-    if KIND == "int8":
-        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 128)
-        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 128, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
-    elif KIND == "int4_zeros":
-        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 64)
-        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 64, mask=is_output_11C1 & (lane_V111 < stride), other=0)
-    elif KIND == "int4":
-        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 16)
-        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
-        upper_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2 + 1, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
-    wait_for_previous(PDL)
-    x_1R11 = x + row_1R11 * in_size
-    sum_VRC1 = tl.zeros([LANES, ROWS, COLUMNS, 1], tl.float32)
-    for start in range(0, stride, LANES * IN_LANE):
-        next_start = start + LANES * IN_LANE
-        now_V1CI = ahead_V1CI
-        ahead_V1CI = tl.load(at_V1CI + next_start, mask=is_output_11C1 & (next_start + offset_V11I < stride), other=0.0)
-        if KIND == "int4":  # the low nibble of a byte belongs to one group and the high nibble to the next
-            scale_V1C1, upper_V1C1, groups_V111 = scale_ahead_V1C1, upper_ahead_V1C1, (next_start + lane_V111) // 32 * 2
-            is_scale_V1C1 = is_output_11C1 & (next_start + lane_V111 < stride)
-            scale_ahead_V1C1 = tl.load(scales_11C1 + groups_V111, mask=is_scale_V1C1, other=0.0)
-            upper_ahead_V1C1 = tl.load(scales_11C1 + groups_V111 + 1, mask=is_scale_V1C1, other=0.0)
-            dim_V11I = (start + offset_V11I) // 32 * 64 + (start + offset_V11I) % 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            sum_VRC1 += tl.sum(_nibble(now_V1CI, 0) * x_VR1I, axis=3, keep_dims=True) * scale_V1C1.to(tl.float32)
-            dim_V11I += 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            sum_VRC1 += tl.sum(_nibble(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
-        elif KIND == "int4_zeros":
-            word_V1C1, next_V111 = scale_ahead_V1C1, next_start + lane_V111
-            scale_ahead_V1C1 = tl.load(scales_11C1 + next_V111 // 64, mask=is_output_11C1 & (next_V111 < stride), other=0)
-            zero_V1C1, dim_V11I = group_zero(word_V1C1), (start + offset_V11I) // 32 * 64 + (start + offset_V11I) % 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            here_VRC1 = tl.sum(_nibble_minus_zero(now_V1CI, 0, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
-            dim_V11I += 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            here_VRC1 += tl.sum(_nibble_minus_zero(now_V1CI, 1, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
-            sum_VRC1 += here_VRC1 * group_scale(word_V1C1)
-        else:
-            dim_V11I = start + offset_V11I
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
-            here_VRC1 = tl.sum(now_V1CI.to(tl.float32) * x_VR1I, axis=3, keep_dims=True)
-            if KIND == "int8":
-                here_VRC1 *= scale_ahead_V1C1.to(tl.float32)
-                next_V111 = next_start + lane_V111
-                scale_ahead_V1C1 = tl.load(scales_11C1 + next_V111 // 128, mask=is_output_11C1 & (next_V111 < stride), other=0.0)
-            sum_VRC1 += here_VRC1
-    sum_1RC1 = tl.sum(sum_VRC1, axis=0, keep_dims=True)
-    sum_1RC1 += tl.load(bias + column_11C1, mask=is_output_11C1 & (has_bias > 0), other=0.0).to(tl.float32)
-    tl.store(out + row_1R11 * out_size + column_11C1, sum_1RC1.to(out.dtype.element_ty), mask=is_output_11C1)
+    column_C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_output_C = column_C < out_size
+    sum_CR = column_sums(x, numbers, scales, column_C, is_output_C, in_size, stride, KIND, ROWS, LANES, PDL)
+    sum_CR += tl.load(bias + column_C, mask=is_output_C & (has_bias > 0), other=0.0).to(tl.float32)[:, None]
+    place_CR = out + tl.arange(0, ROWS)[None, :] * out_size + column_C[:, None]
+    tl.store(place_CR, sum_CR.to(out.dtype.element_ty), mask=is_output_C[:, None])
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
     """(T, N): at most `parallel.weight_format.MAX_GEMV_ROWS` rows times a plain matrix ``weight``, or ``numbers`` and ``scales`` of
     `parallel.quantised_format`. Calls ``otherwise`` instead if that was measured to be faster. The references are
     `torch.nn.functional.linear` and `parallel.quantised_format.multiply_reference`."""
-    is_plain = "weight" in tensors
-    kind, numbers = ("plain", tensors["weight"]) if is_plain else (kind_of(tensors), tensors["numbers"])
+    kind, numbers = kind_and_numbers(tensors)
     (num_rows, in_size), (num_outputs, stride) = x_TK.shape, numbers.shape
     if kind == "fp8":
         return otherwise()  # tensor cores are faster even with one row: here both operands would have to be converted
@@ -133,6 +156,11 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
 
     key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, up to {num_rows} rows"
     return launch(autotuner_for(x_TK.device).best(key, (LIBRARY, *CANDIDATES[num_rows]), launch))
+
+
+def kind_and_numbers(tensors: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """A matrix's KIND in these kernels, and its tensor (N, padded K)."""
+    return ("plain", tensors["weight"]) if "weight" in tensors else (kind_of(tensors), tensors["numbers"])
 
 
 def lanes(tile: Tile) -> int:
