@@ -11,7 +11,7 @@ from parallel.elementwise_kernels import elementwise_kernels_for
 from parallel.groups import Group
 from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.packed_format import PackedFormat
-from parallel.weight_format import StoredTensor, WeightFormat
+from parallel.weight_format import StoredTensor, WeightFormat, uses_gemv
 
 
 class RmsNorm(nn.Module):
@@ -76,8 +76,16 @@ class Mlp(nn.Module):
         """(T, D), summed over the ranks of ``tp``."""
         format = self.up.format
         fused_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
-        result: Tensor = self.down(swiglu(self.up(x_TD))) if fused_TD is None else self.down.summed(fused_TD)
+        result: Tensor = self.down(self._gated(x_TD)) if fused_TD is None else self.down.summed(fused_TD)
         return result
+
+    def _gated(self, x_TD: Tensor) -> Tensor:
+        """(T, I): SwiGLU of this rank's part of gate and up."""
+        if not uses_gemv(x_TD):
+            return swiglu(self.up(x_TD))
+        from parallel.cuda.gated_gemv import multiply  # imports triton, which may not be installed
+
+        return multiply(x_TD, self.up.tensors, lambda: swiglu(self.up(x_TD)))
 
 
 def swiglu(gate_up_TX: Tensor) -> Tensor:

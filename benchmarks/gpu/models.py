@@ -137,14 +137,13 @@ class ServedModel:
         max_running: int = 256,
         cuda_graphs: bool = True,
         kv_cache_bytes: int | None = None,
-        early_launches: bool = False,
+        settings: dict[str, Any] | None = None,
     ) -> None:
+        """``settings``: more of `RunnerConfig`."""
         self.model = model
         most = 8192 if model.device.type == "cuda" else 256
         self.config = EngineConfig(max_running=max_running, max_step_tokens=most, prefix_cache=False)
-        runner_config = RunnerConfig(
-            device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes, early_launches=early_launches
-        )
+        runner_config = RunnerConfig(device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes, **settings or {})
         self.sampler = Sampler(vocab_size=model.config.vocab_size, device=model.device)
         self.runner: Runner = make_runner(model, self.sampler, runner_config=runner_config, engine_config=self.config)
         self.engine = Engine(LocalExecutor(self.runner), self.config)

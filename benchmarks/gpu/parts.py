@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu import (
     ceilings,
     collectives,
-    early_launches,
+    compare_settings,
     graph_replays,
     multi_gpu,
     peer_transformers,
@@ -87,7 +87,14 @@ class Bench:
         graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, max_rows=64))  # captures a third fewer graphs
 
     def compare_early(self, part: ModelPart) -> None:
-        early_launches.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
+        self._compare(part, compare_settings.EARLY_LAUNCHES, compare_settings.UP_TO_PDL_ROWS)
+
+    def compare_gated(self, part: ModelPart) -> None:
+        self._compare(part, compare_settings.GATED_GEMV, compare_settings.FEW_ROWS)
+
+    def _compare(self, part: ModelPart, ways: tuple[compare_settings.Way, ...], rows: tuple[int, ...]) -> None:
+        model = random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers)
+        compare_settings.compare(self.results, part.name, model, ways, rows)
 
     def compare_prompts(self, part: ModelPart) -> None:
         prefill_launches.compare(self.results, part.name, self._serve(part, cuda_graphs=False))
@@ -171,6 +178,7 @@ EARLY = {
     "early launches of 7B": ModelPart("7B", "7B"),
     "early launches of experts": ModelPart("57B-A14B", "57B-A14B", layers=4),
 }
+GATED = {f"gated gemv of {name}": ModelPart(name, shape, kind) for name, shape, kind in (("7B", "7B", None), ("7B int4", "7B", "int4"))}
 PROMPTS = {"prompts of 0.5B": ModelPart("0.5B", "0.5B"), "prompts of 7B": ModelPart("7B", "7B")}
 SHORT = ((128, 128), (2048, 128))
 FEW = (64, 100, 512)
@@ -236,6 +244,7 @@ def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
     if bench.device.type == "cuda":
         found += [(name, 0.4, partial(bench.check_replays, part)) for name, part in REPLAYED.items()]
         found += [(name, 0.5, partial(bench.compare_early, part)) for name, part in EARLY.items()]
+        found += [(name, 0.5, partial(bench.compare_gated, part)) for name, part in GATED.items()]
         found += [(name, 0.4, partial(bench.compare_prompts, part)) for name, part in PROMPTS.items()]
     if bench.tiny or torch.cuda.device_count() > 1:
         found.append(("several ranks of small models", 1.5, bench.check_several))

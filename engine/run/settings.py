@@ -76,6 +76,10 @@ class RunnerConfig:
     early_launches: bool = False
     """On CUDA (Hopper), let the kernels of steps of up to 64 tokens start while the previous kernel ends, and load their weights
     meanwhile. Changes no answer. Off because on a device it has run with chains of products only, not with whole models."""
+    gated_gemv: bool = False
+    """On CUDA, compute an MLP's gate, up and SwiGLU of one or two rows in one kernel instead of two, for each product where that was
+    measured to be faster (`tune_tiles`). Sums may round differently than with the kernels that are used otherwise. Off because it was
+    tested on a CPU only, not on a device. Not with "fp8"."""
     prompts_ahead: bool = False
     """On CUDA, also start steps with prompts before the results of the previous step are read, and replay their sampling. Changes no
     answer. Off because it was tested on a CPU only, not on a device."""

@@ -162,7 +162,7 @@ def make_runner(
         NoRoomForKv, InvalidLogits: see `start_rank`.
     """
     groups, device = model.groups, model.device
-    _enable_launch_options(runner_config, device)
+    _enable_kernel_options(runner_config, device)
     with _phase("memory", notify):
         capacity = measure_capacity(
             model,
@@ -212,14 +212,15 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
         )
 
 
-def _enable_launch_options(runner_config: RunnerConfig, device: torch.device) -> None:
+def _enable_kernel_options(runner_config: RunnerConfig, device: torch.device) -> None:
     """Applies to this process. Must precede any capture."""
     if device.type != "cuda" or not has_triton():
         return
-    from parallel.cuda import dependent_launch, quick_launch  # imports triton, which exists only where there is a CUDA device
+    from parallel.cuda import dependent_launch, gated_gemv, quick_launch  # imports triton, which exists only where there is a CUDA device
 
     dependent_launch.enable(runner_config.early_launches)
     quick_launch.enable(runner_config.quick_launches)
+    gated_gemv.enable(runner_config.gated_gemv)
 
 
 def resolve_device(name: str) -> torch.device:

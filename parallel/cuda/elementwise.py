@@ -61,6 +61,12 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
     )  # fmt: skip
 
 
+@triton.jit
+def silu(gate, dtype: tl.constexpr):
+    """``gate * sigmoid(gate)`` in float32, rounded to ``dtype`` before the product with up, as torch does."""
+    return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+
+
 @quick
 @triton.jit
 def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
@@ -72,9 +78,9 @@ def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, PDL: tl
     mask = dims < width
     dtype = out.dtype.element_ty
     gate = tl.load(gate_up + row * row_stride + dims, mask=mask, other=0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)  # rounded before the product, as torch does
+    silu_gate = silu(gate, dtype)
     up = tl.load(gate_up + row * row_stride + width + dims, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + dims, (silu * up).to(dtype), mask=mask)
+    tl.store(out + row * width + dims, (silu_gate * up).to(dtype), mask=mask)
 
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import collectives, early_launches, graph_replays, parts, run_ahead, whole_model
+from benchmarks.gpu import collectives, compare_settings, graph_replays, parts, run_ahead, whole_model
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import ServedModel, config_of, random_model
@@ -213,7 +213,10 @@ def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor
         run("decode", checks)
 
 
-@pytest.mark.parametrize(("module", "name", "check"), [("gemv", "multiply", "gemv"), ("grouped_experts", "combine_rows", "tiles")])
+@pytest.mark.parametrize(
+    ("module", "name", "check"),
+    [("gemv", "multiply", "gemv"), ("gated_gemv", "multiply", "gated gemv"), ("grouped_experts", "combine_rows", "tiles")],
+)
 def test_a_candidate_tile_that_computes_something_else_is_seen(module: str, name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu.kernels.checks import TINY, Checks
@@ -310,26 +313,23 @@ def test_all_of_it_runs_through_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [False, True])
-def test_steps_whose_launches_begin_early_are_held_against_the_others(
-    changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_with_a_setting_are_compared_with_those_without(changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_capturable_parts(monkeypatch)
     monkeypatch.setattr("benchmarks.gpu.models.choose_formats", lambda *_args: Formats(Dense(torch.float32), Dense(torch.float32)))
-    monkeypatch.setattr(early_launches, "ROWS", (1, 3))
-    monkeypatch.setattr(early_launches, "KV_CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(compare_settings, "KV_CACHE_BYTES", 1 << 20)
 
-    def served(model: Qwen2, *, early_launches: bool, **options: Any) -> ServedModel:
-        found = ServedModel(model, early_launches=early_launches, **options)
+    def served(model: Qwen2, *, settings: dict[str, Any], **options: Any) -> ServedModel:
+        found = ServedModel(model, settings=settings, **options)
         capture(found.runner, RecordedGraphs(), found.config)
-        if changes and early_launches:
+        if changes and settings:
             assert found.model.norm is not None
             assert found.model.norm.weight is not None
-            found.model.norm.weight.mul_(1.5)
+            found.model.norm.weight.mul_(1.05)
         return found
 
-    monkeypatch.setattr(early_launches, "ServedModel", served)
-    results = Results(tmp_path, 1.0)
-    with pytest.raises(AssertionError, match=r"tiny: launches that begin early change logits of 1; .* of 3") if changes else nullcontext():
-        early_launches.compare(results, "tiny", random_model("tiny", torch.device("cpu")))
-    names = [f"tiny: step of {rows}, {way}" for way in ("as ever", "early") for rows in (1, 3)]
-    assert [figure.name for figure in results.figures] == names
+    monkeypatch.setattr(compare_settings, "ServedModel", served)
+    results, ways = Results(tmp_path, 1.0), compare_settings.GATED_GEMV  # the first other way may differ by 0.1, the second not at all
+    wrong = r"^tiny: logits of 1, gated and early, are off by 0.05; .* of 3, gated and early, are off by 0.05$"
+    with pytest.raises(AssertionError, match=wrong) if changes else nullcontext():
+        compare_settings.compare(results, "tiny", random_model("tiny", torch.device("cpu")), ways, (1, 3))
+    assert [figure.name for figure in results.figures] == [f"tiny: step of {rows}, {way.name}" for way in ways for rows in (1, 3)]

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.kernels.checks import Checks, poisoned
@@ -54,6 +55,37 @@ def few_rows(checks: Checks) -> None:
                             found = gemv.multiply(x, tensors, bias, _not_otherwise)
                         checks.judge(name, found, wanted)
                         checks.timed(name, *_in_turn(checks, tensors, lambda copy, x=x: gemv.multiply(x, copy, None, _not_otherwise)))
+
+
+def gated(checks: Checks) -> None:
+    """Gate, up and SwiGLU in one kernel with every candidate tile, against float64, and to the bit against two kernels with the same tile;
+    both are timed."""
+    from parallel.cuda import gated_gemv, gemv
+    from parallel.cuda.elementwise import swiglu
+
+    width, inner = checks.sizes.width, checks.sizes.inner
+    for kind in GEMV_KINDS:
+        tensors = matrix_of(checks, kind, 2 * inner, width)
+        for rows, tiles in gemv.CANDIDATES.items():
+            x = checks.random(rows, width)
+            gate, up = (x.double() @ whole(tensors, width).T).chunk(2, -1)
+
+            def in_two(tensors: dict[str, Tensor], x: Tensor = x) -> Tensor:
+                return swiglu(gemv.multiply(x, tensors, None, _not_otherwise))
+
+            def in_one(tensors: dict[str, Tensor], x: Tensor = x) -> Tensor:
+                return gated_gemv.multiply(x, tensors, _not_otherwise)
+
+            for tile in tiles[: checks.sizes.tiles]:
+                checks.results.go_on()
+                name = f"gated {kind or 'plain'} of {rows}, {tile.columns} {tile.num_warps} {tile.num_stages}"
+                with using(gemv, tile), using(gated_gemv, tile), patch.object(gated_gemv, "_is_enabled", True):
+                    with poisoned():
+                        found = in_one(tensors)
+                    checks.judge(name, found, F.silu(gate) * up)
+                    checks.expect(torch.equal(found, in_two(tensors)), f"{name} has other bits than two kernels")
+                    checks.timed(f"{name}: in two kernels", *_in_turn(checks, tensors, in_two))
+                    checks.timed(f"{name}: in one", *_in_turn(checks, tensors, in_one))
 
 
 def _not_otherwise() -> Tensor:

@@ -6,7 +6,7 @@ from benchmarks.gpu.kernels.attention import decode, few, flashinfer, prefill
 from benchmarks.gpu.kernels.checks import Checks
 from benchmarks.gpu.kernels.elementwise import small
 from benchmarks.gpu.kernels.experts import expert_tiles, experts, routing
-from benchmarks.gpu.kernels.products import few_rows, rounded
+from benchmarks.gpu.kernels.products import few_rows, gated, rounded
 from benchmarks.gpu.kernels.sampling import edits, noise, sampling, undecided
 from benchmarks.gpu.results import OutOfTime
 
@@ -19,6 +19,7 @@ CHECKS: dict[str, tuple[float, Callable[[Checks], None]]] = {
     "flashinfer": (0.4, flashinfer),
     "rounded": (0.7, rounded),
     "gemv": (1.0, few_rows),
+    "gated gemv": (0.6, gated),
     "experts": (0.6, experts),
     "tiles": (1.2, expert_tiles),
     "routing": (0.3, routing),

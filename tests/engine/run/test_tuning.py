@@ -68,15 +68,14 @@ def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, m
     assert tuned == [runner] * tune_tiles
 
 
-@pytest.mark.parametrize("early_launches", [True, False])
-def test_early_launches_follow_the_setting(early_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize(("setting", "module"), [("early_launches", "dependent_launch"), ("gated_gemv", "gated_gemv")])
+def test_kernels_follow_the_setting(setting: str, module: str, is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from parallel.cuda import dependent_launch
-
     said: list[bool] = []
-    monkeypatch.setattr(dependent_launch, "enable", said.append)
+    monkeypatch.setattr(f"parallel.cuda.{module}.enable", said.append)
     monkeypatch.setattr("engine.run.start.measure_capacity", lambda *_args, **_options: pytest.fail("said too late"))
     model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0))
     with pytest.raises(pytest.fail.Exception, match="said too late"):
-        make_runner(model, None, runner_config=RunnerConfig(early_launches=early_launches), engine_config=CONFIG)  # type: ignore[arg-type]
-    assert said == [early_launches]
+        make_runner(model, None, runner_config=RunnerConfig(**{setting: is_on}), engine_config=CONFIG)  # type: ignore[arg-type]
+    assert said == [is_on]

@@ -3,8 +3,8 @@
 CAPABILITY is 90 (Hopper) if nothing is said, or that of another: 75 (Turing, in float16), 80 (A100), 86, 89 (Ada), 100, 120. What a kind of
 device does not multiply is left out: FP8 before Ada.
 
-Prints a line per kernel: name, bytes of its binary, shared memory it takes, in how many places it loads one byte, and in how many it reads
-or writes before it has waited for the last launch (see `parallel.cuda.dependent_launch`).
+Prints a line per kernel: name, bytes of its binary, shared memory it takes, in how many places it loads one byte, in how many it reads or
+writes before it has waited for the last launch (see `parallel.cuda.dependent_launch`), and in how many its threads wait for each other.
 """
 
 import re
@@ -23,6 +23,7 @@ from parallel.cuda import (
     decode_inputs,
     elementwise,
     expert_sort,
+    gated_gemv,
     gemv,
     grouped_gemm,
     logit_keys,
@@ -370,12 +371,13 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     *(
         (
-            gemv._gemv_kernel,
+            kernel,
             {"x": "*bf16", "numbers": NUMBERS.get(kind, "*bf16"), "scales": SCALES.get(kind, "*bf16"), "bias": "*bf16", "out": "*bf16"}
-            | dict.fromkeys(("in_size", "stride", "out_size", "has_bias"), "i32"),
+            | dict.fromkeys(("in_size", "stride", "out_size", "width", "has_bias"), "i32"),
             {"KIND": kind, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": gemv.lanes(tile)},
             {"num_warps": tile.num_warps},
         )
+        for kernel in (gemv._gemv_kernel, gated_gemv._gated_gemv_kernel)
         for kind in ("plain", "int8", "int4", "int4_zeros")
         for tile in _wanted(*gemv.CANDIDATES.values())
     ),
@@ -428,7 +430,7 @@ def main() -> int:
         reads, writes = len(re.findall(r"\bld\.global", before)), len(re.findall(r"\b(?:st|atom|red)\.", before))
         print(
             f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte, "
-            f"{reads} read early, {writes} written early"
+            f"{reads} read early, {writes} written early, {compiled.asm['ptx'].count('bar.sync')} barriers"
         )
     return 0
 

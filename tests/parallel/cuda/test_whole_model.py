@@ -1,6 +1,7 @@
 """A model computed only with the CUDA kernels, against the same model without them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from engine.run.warm_up import capture
 from model.attention.backend import AttentionBackend, AttentionConfig
 from model.formats import Formats
 from parallel.quantised_format import Kind, QuantisedFormat
-from parallel.weight_format import Dense, WeightFormat
+from parallel.weight_format import MAX_GEMV_ROWS, Dense, WeightFormat
 from tests.engine.run.capturable_ranks import runner_of
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
@@ -40,6 +41,8 @@ def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[in
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the model of this test on the CPU")
 def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
+    from parallel.cuda import gated_gemv
+    from parallel.cuda.autotune import Tile
     from parallel.cuda.elementwise import CudaElementwise
     from parallel.cuda.quantised_matmul import multiply
 
@@ -56,6 +59,9 @@ def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pyt
     for module in ("model.layers", "model.rope"):
         monkeypatch.setattr(f"{module}.elementwise_kernels_for", lambda _x: CudaElementwise())
     monkeypatch.setattr("parallel.quantised_format.multiply_reference", multiply)
+    monkeypatch.setattr("model.layers.uses_gemv", lambda x: len(x) <= MAX_GEMV_ROWS)
+    monkeypatch.setattr(gated_gemv, "autotuner_for", lambda _device: SimpleNamespace(best=lambda *_product: Tile(0, 2, 2, 1)))
+    monkeypatch.setattr(gated_gemv, "_is_enabled", True)
     assert answers(folder) == wanted
     if kind is None:
         graphs = RecordedGraphs()
