@@ -49,16 +49,17 @@ struct InitialSums {
 };
 alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that a tile has
 
-// What a tile prefetches while it reads weights: those that lie `inputs` input features (counted through adjacent panels) behind; 0: nothing. If the
-// same weights are multiplied with several parts of the rows, each part prefetches its share, so that memory is read all the time.
+// What a tile prefetches while it reads weights: those that lie `inputs` input features (counted through adjacent panels) behind; 0: nothing, because
+// the tile's weights are in a near cache, or another part of the rows prefetches.
 struct Ahead {
     long inputs;
-    int part = 0, parts = 1;
 
-    INLINE void prefetch(const void* at, long bytes) const {
+    // For products by AMX tiles while they multiply `bytes` of weights at `now`: prefetches those that follow closely. Together with the processor's
+    // own prefetching that reads memory up to a quarter faster than the distance of a panel does.
+    INLINE void prefetch_close(const void* now, long bytes) const {
+        constexpr long DISTANCE = 2048;  // bytes
         if (!inputs) return;
-        const long lines = bytes / 64, last = (part + 1) * lines / parts;
-        for (long line = part * lines / parts; line < last; ++line) prefetch_l2((const char*)at + line * 64);
+        for (long at = DISTANCE; at < DISTANCE + bytes; at += 64) prefetch_l2((const char*)now + at);
     }
 };
 
@@ -238,7 +239,7 @@ struct Bf16Dot {
         };
         long k = k0;
         for (; k + STEP <= k1; k += STEP) {
-            unrolled<P>([&](auto p) INLINED { ahead.prefetch(w + p * K * PANEL + (k + ahead.inputs) * PANEL, STEP * PANEL * sizeof(*w)); });
+            unrolled<P>([&](auto p) INLINED { ahead.prefetch_close(w + (p * K + k) * PANEL, STEP * PANEL * sizeof(*w)); });
             step(rows[0].x + k, x_stride, w + k * PANEL, K * PANEL);
         }
         if (k < k1) {  // fewer than STEP inputs are left: both sides are filled up with zeros
@@ -382,10 +383,8 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
         if (row_parts <= W::PANEL_MAJOR_PARTS)
             for (long p = 0; p < panels; ++p) {
                 const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
-                for (long part = 0; part < row_parts; ++part) {
-                    if (TilesFor<W>::ARE_USED) pass(part, p, k0, k1, {next, int(part), int(row_parts)});
-                    else pass(part, p, k0, k1, {part + 1 < row_parts ? 0 : next});
-                }
+                const long prefetching = TilesFor<W>::ARE_USED ? 0 : row_parts - 1;  // which part: tiles read the panel itself ahead, not the next one
+                for (long part = 0; part < row_parts; ++part) pass(part, p, k0, k1, {part == prefetching ? next : 0});
             }
         else
             for (long part = 0; part < row_parts; ++part)
