@@ -216,9 +216,9 @@ private:
             do {  // a loop with at least one iteration: for others the compiler copies registers
                 unrolled<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
-                    if (R <= 2 || P == 1) {  // for others prefetching costs more than it saves (measured)
-                        prefetch_l2(at + ahead.inputs * PANEL);
-                        prefetch_l2(at + ahead.inputs * PANEL + 4 * LANES);
+                    if (Ahead::IS_CLOSE || R <= 2 || P == 1) {  // for others prefetching costs more than it saves (measured)
+                        prefetch_l2(ahead.from(at, PANEL));
+                        prefetch_l2(ahead.from(at, PANEL) + 4 * LANES);
                     }
                     add_four<R, P>(x, load_ints(at), load_ints(at + 4 * LANES), sum, p);
                 });
@@ -241,7 +241,7 @@ private:
         for (int r = 0; r < R; ++r) unrolled<2>([&](auto h) INLINED { store(total[r] + h * LANES, initial.load(r, 0, h)); });
         for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
             const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
-            ahead.prefetch_close(w, ROW_GROUP * PANEL);
+            ahead.prefetch(w, PANEL, ROW_GROUP * PANEL);
             multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[0]);
             const uint16_t* at = scales + (panel * (K / ROW_GROUP) + g) * PANEL;
             const Floats scale[2] = {halves_to_floats(at), halves_to_floats(at + LANES)};
@@ -325,7 +325,7 @@ private:
         for (long k = k0; k < k1; k += ROW_GROUP) {
             const long num_inputs = std::min(ROW_GROUP, k1 - k), num_groups = num_inputs / GROUP, g = k / GROUP;
             const uint8_t* w = weights + (panel * K + k) * (PANEL / 2);
-            ahead.prefetch_close(w, num_inputs * PANEL / 2);
+            ahead.prefetch(w, PANEL / 2, num_inputs * PANEL / 2);
             for (long at = 0; at < num_inputs * PANEL / 2; at += TILE_BYTES) {  // of 32 outputs, the lower halves, then the upper ones
                 const Ints words = load_ints(w + at);
                 uint8_t* to = bytes + at / (2 * TILE_BYTES) * (4 * TILE_BYTES) + at % (2 * TILE_BYTES);
@@ -367,7 +367,7 @@ private:
                 unrolled<2>([&](auto s) INLINED {
                     unrolled<P>([&](auto p) INLINED {
                         const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
-                        prefetch_l2(at + ahead.inputs * PANEL / 2 + 4 * LANES * s);
+                        prefetch_l2(ahead.from(at, PANEL / 2) + 4 * LANES * s);
                         const Ints first = bit_and(shift_right<4 * s>(load_ints(at)), mask);
                         const Ints second = bit_and(shift_right<4 * s>(load_ints(at + 4 * LANES)), mask);
                         add_four<R, P>(x, first, second, sum, p);
