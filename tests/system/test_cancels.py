@@ -25,7 +25,7 @@ NUM_CLIENTS = int(os.environ.get("MANTA_TEST_CANCELS", "400"))
 NUM_AT_ONCE = 24
 LONGEST_S = 1.5
 SUSPECT = ("Traceback", "never retrieved", "never awaited", "asynchronous generator", "SIGSEGV", "Task was destroyed")
-CONTEXT_LINES = 40
+CONTEXT_LINES = 100
 NOT_OF_REQUESTS = ("gcs", "raylet", "dashboard", "monitor")
 """How the logs of those processes of Ray begin that no request passes. Some complain if another Ray on this machine has their ports."""
 OPTIONS = {"max_tokens": 150, "ignore_eos": True}
