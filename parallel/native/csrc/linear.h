@@ -49,8 +49,8 @@ struct InitialSums {
 };
 alignas(64) static const float NO_BIAS[4 * PANEL] = {};  // the most panels that a tile has
 
-// What a tile prefetches while it reads weights: those that lie `inputs` input features (counted through adjacent panels) behind; 0: nothing, because
-// the tile's weights are in a near cache, or another part of the rows prefetches.
+// What a tile prefetches while it reads weights: those that lie `inputs` input features (counted through adjacent panels) behind, or if `IS_CLOSE`
+// those that follow at once. With 0 tiles prefetch nothing: their weights are in a near cache, or another part of the rows prefetches.
 struct Ahead {
     long inputs;
 #if defined(__AMX_TILE__)
@@ -81,7 +81,7 @@ struct Ahead {
 //   prefetches what lies `ahead` as far as that pays.
 // - `tile_bytes`, of kinds that use tiles: the bytes of inputs that products of so many rows take at a time; 0: these rows are multiplied by vectors.
 // - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
-//   the next panel is prefetched; with more parts, each part is multiplied with all panels.
+//   what follows in it, or the next panel, is prefetched (Ahead); with more parts, each part is multiplied with all panels.
 
 // R rows at equal distances. Few base addresses serve many rows; one address per row would not fit into registers.
 template <int R, class Number> class StridedRows {
@@ -352,7 +352,7 @@ public:
 #endif
 
 // sums = bias (may be null) + the products of `count` rows, split into parts of nearly equal size, with `panels` panels. With few rows the panel
-// after the last one is prefetched: the adjacent one, or the one at a distance of `next` panels.
+// after the last one is prefetched: the adjacent one, or the one at a distance of `next` panels (not if what is prefetched `IS_CLOSE`).
 template <class W>
 static void multiply_panels(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums,
                             long stride, long next = ADJACENT) {
