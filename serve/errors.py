@@ -61,13 +61,19 @@ class InvalidRequest(ServeError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and answer together are longer than the model's context."""
+    """Prompt and answer together are longer than the model's context. The message names what has to change: the prompt, the number of
+    tokens to generate, or either."""
 
     def __init__(self, *, prompt_tokens: int, max_tokens: int, limit_tokens: int, param: str) -> None:
         requested = f"{prompt_tokens} in the prompt and {max_tokens} to generate"
-        super().__init__(
-            f"this model's context holds {limit_tokens} tokens, and the request asks for {requested}; shorten either", param=param
-        )
+        excess, room = prompt_tokens + max_tokens - limit_tokens, limit_tokens - prompt_tokens
+        if prompt_tokens + min(max_tokens, 1) > limit_tokens:
+            advice = "shorten the prompt"
+        elif max_tokens >= limit_tokens:  # no prompt would be short enough
+            advice = f"ask for at most {room} to generate"
+        else:
+            advice = f"shorten the prompt by {excess}, or ask for at most {room} to generate"
+        super().__init__(f"this model's context holds {limit_tokens} tokens, and the request asks for {requested}; {advice}", param=param)
         self.prompt_tokens, self.max_tokens, self.limit_tokens = prompt_tokens, max_tokens, limit_tokens
 
 

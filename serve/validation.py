@@ -145,7 +145,8 @@ class Validator:
         unset = room if default is None else min(default, room)
         max_tokens = max(unset, options.min_tokens or 0, 1) if options.max_tokens is None else options.max_tokens
         if max_tokens > room:
-            field = "max_tokens" if options.max_tokens is not None and room > 0 else param
+            generated = "min_tokens" if options.max_tokens is None else "max_tokens"
+            field = generated if room > 0 else param
             raise ContextLengthExceeded(prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, limit_tokens=limit, param=field)
         return max_tokens
 

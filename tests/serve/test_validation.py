@@ -198,7 +198,7 @@ def test_seeds_are_what_the_engine_can_hold() -> None:
     ("options", "said", "param"),
     [
         (Options(max_tokens=91), {}, "max_tokens"),
-        (Options(min_tokens=91), {}, "messages"),
+        (Options(min_tokens=91), {}, "min_tokens"),
         (Options(), {"num_prompt_tokens": 100}, "messages"),
         (Options(max_tokens=1), {"num_prompt_tokens": 100}, "messages"),
         (Options(), {"num_prompt_tokens": 5000, "param": "prompt", "max_tokens": 16}, "prompt"),
@@ -208,6 +208,23 @@ def test_prompt_and_answer_must_fit_the_context(options: Options, said: dict[str
     with pytest.raises(ContextLengthExceeded) as raised:
         resolve(options, **said)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens", "advice"),
+    [
+        (10, 91, "shorten the prompt by 1, or ask for at most 90 to generate"),
+        (99, 99, "shorten the prompt by 98, or ask for at most 1 to generate"),
+        (10, 100, "ask for at most 90 to generate"),
+        (10, 5000, "ask for at most 90 to generate"),
+        (100, 1, "shorten the prompt"),
+        (100, 5000, "shorten the prompt"),
+        (101, 0, "shorten the prompt"),
+    ],
+)
+def test_what_exceeds_the_context_is_what_is_to_be_shortened(prompt_tokens: int, max_tokens: int, advice: str) -> None:
+    error = ContextLengthExceeded(prompt_tokens=prompt_tokens, max_tokens=max_tokens, limit_tokens=100, param="prompt")
+    assert error.message.split("; ")[1:] == [advice]
 
 
 def test_one_token_of_room_is_enough() -> None:
