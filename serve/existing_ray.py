@@ -108,7 +108,11 @@ def remove(app: str, *, stop: StopSignals | None = None, has_requests: bool = Tr
             return False
         grace_s = _grace_s(client, app) if has_requests else None
         stop.install()
-        with contextlib.nullcontext() if grace_s is None else requests_ending(app, grace_s=grace_s, hurry=stop.repeated):
+        with (
+            contextlib.nullcontext()
+            if grace_s is None
+            else requests_ending(app, grace_s=grace_s, hurry=stop.repeated, outlives_process=True)
+        ):
             client.delete_apps([app], blocking=False)
             has_order = True
     except KeyboardInterrupt:

@@ -136,7 +136,7 @@ def run_local(
             server = LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
             yield server
             with requests_ending(  # not after an error: Ray itself may be gone
-                APP, grace_s=grace_s, hurry=stop.repeated, is_alive=lambda: server.ended_process() is None
+                APP, grace_s=grace_s, hurry=stop.repeated, outlives_process=False, is_alive=lambda: server.ended_process() is None
             ):
                 pass
         except KeyboardInterrupt:

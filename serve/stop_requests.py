@@ -4,6 +4,7 @@ Without this Ray Serve kills its proxies while streams pass through them, and cl
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import ray.serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.deployment import FRONTS
+from serve.ray_address import JOB_VARIABLE
 
 CALL_S = 5.0
 """How long fronts that do not answer are waited for."""
@@ -28,18 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def requests_ending(app: str, *, grace_s: float, hurry: threading.Event, is_alive: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def requests_ending(
+    app: str, *, grace_s: float, hurry: threading.Event, outlives_process: bool, is_alive: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """On entry, the fronts of an application are told to refuse new requests, and to let the running ones go on for at most ``grace_s``,
     or until ``hurry`` is set; then they end the rest. On exit, this is waited for, while ``is_alive`` says that Ray is there.
 
-    The fronts need nothing else from here, so the application may be deleted meanwhile; it goes on even if this process is killed. What
-    fails is only logged: the application is removed in any case.
+    The fronts need nothing else from here, so the application may be deleted meanwhile; it goes on even if this process is killed, unless
+    their Ray ends with it (``outlives_process``: it does not). What fails is only logged: the application is removed in any case.
     """
     told, ended = threading.Event(), threading.Event()
 
     def run() -> None:
         try:
-            _end_requests(ray_serve.get_deployment_handle(FRONTS, app), grace_s, hurry, told)
+            _end_requests(ray_serve.get_deployment_handle(FRONTS, app), grace_s, hurry, told, outlives_process)
         except Exception as error:  # such as: no front runs, or Ray itself has gone
             logger.debug("the fronts could not be told to end their requests: %s", error)
         finally:
@@ -59,15 +63,23 @@ def _wait(event: threading.Event, limit_s: float, is_alive: Callable[[], bool]) 
         pass
 
 
-def _end_requests(fronts: "DeploymentHandle[Any]", grace_s: float, hurry: threading.Event, told: threading.Event) -> None:
+def still_running(num_open: int, grace_s: float, *, outlives_process: bool, in_job: bool) -> str:
+    """What is said of ``num_open`` running requests. Nobody can press Ctrl-C in a Ray job: Ray sends it SIGTERM once, and kills it three
+    seconds later (``RAY_JOB_STOP_WAIT_TIME_S``)."""
+    running, them = ("request is", "it") if num_open == 1 else ("requests are", "them")
+    said = f"{num_open} {running} still running and may finish within {grace_s:g} s"
+    if not in_job:
+        return f"{said}; Ctrl-C ends {them} at once"
+    return f"{said}, also after Ray has ended this job" if outlives_process else f"{said}, unless Ray ends this job before"
+
+
+def _end_requests(
+    fronts: "DeploymentHandle[Any]", grace_s: float, hurry: threading.Event, told: threading.Event, outlives_process: bool
+) -> None:
     answers = fronts.broadcast("drain").results(timeout_s=CALL_S, return_exceptions=True)
     num_open = sum(each for each in answers if isinstance(each, int))
     if num_open and not hurry.is_set():
-        logger.warning(
-            "%d %s still running and may finish within %g s; Ctrl-C ends %s at once",
-            num_open,
-            *(("request is", grace_s, "it") if num_open == 1 else ("requests are", grace_s, "them")),
-        )
+        logger.warning("%s", still_running(num_open, grace_s, outlives_process=outlives_process, in_job=JOB_VARIABLE in os.environ))
     response = fronts.broadcast("end_requests", grace_s)
     calls = response._fetch_replica_results_sync(CALL_S)  # sent now, and can be cancelled
     told.set()

@@ -52,7 +52,8 @@ def fronts(monkeypatch: pytest.MonkeyPatch) -> Fronts:
 
 
 def ending(*, hurry: threading.Event | None = None, is_alive: Callable[[], bool] = lambda: True) -> Any:
-    return stop_requests.requests_ending("app", grace_s=1e6, hurry=hurry or threading.Event(), is_alive=is_alive)
+    hurry = hurry or threading.Event()
+    return stop_requests.requests_ending("app", grace_s=1e6, hurry=hurry, outlives_process=True, is_alive=is_alive)
 
 
 def test_the_application_can_be_deleted_once_its_fronts_know(fronts: Fronts) -> None:
@@ -92,3 +93,33 @@ def test_fronts_that_cannot_be_told_do_not_keep_it(fronts: Fronts, monkeypatch: 
     with ending():
         pass
     assert fronts.told == []
+
+
+@pytest.mark.parametrize(
+    ("outlives_process", "in_job", "end"),
+    [
+        (True, False, "; Ctrl-C ends them at once"),
+        (False, False, "; Ctrl-C ends them at once"),
+        (True, True, ", also after Ray has ended this job"),
+        (False, True, ", unless Ray ends this job before"),
+    ],
+)
+def test_a_ray_job_is_told_nothing_of_ctrl_c(outlives_process: bool, in_job: bool, end: str) -> None:
+    said = stop_requests.still_running(3, 30.0, outlives_process=outlives_process, in_job=in_job)
+    assert said == f"3 requests are still running and may finish within 30 s{end}"
+
+
+def test_one_request_is_not_several() -> None:
+    said = stop_requests.still_running(1, 0.5, outlives_process=True, in_job=False)
+    assert said == "1 request is still running and may finish within 0.5 s; Ctrl-C ends it at once"
+
+
+def test_whether_this_is_a_ray_job_is_known_from_the_environment(
+    fronts: Fronts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(stop_requests.JOB_VARIABLE, "{}")
+    with ending():
+        fronts.ended.set()
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 request is still running and may finish within 1e+06 s, also after Ray has ended this job"
+    ]
