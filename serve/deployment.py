@@ -36,6 +36,7 @@ from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.devices import assign_devices
 from serve.drain_gate import DrainGate
+from serve.front_router import DRAINING, PROXIES_LEARN_S, front_router_config
 from serve.grpc.admin import AdminServicer
 from serve.grpc.bypass import send_past_ray
 from serve.grpc.health import HealthServicer
@@ -186,7 +187,12 @@ class _Front:
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(self._gate, authenticator=self._authenticator)
-        self._admin = AdminServicer(self._gate, self._routers, authenticator=self._authenticator)
+        self._admin = AdminServicer(
+            self._gate,
+            self._routers,
+            authenticator=self._authenticator,
+            drain_notice_s=lambda: PROXIES_LEARN_S if self._peer_metrics.num_peers else 0.0,
+        )
         self._health = HealthServicer(self._gate.ready)
         self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # otherwise there is no autoscaler to read it
@@ -258,6 +264,10 @@ class _Front:
             await self._demand.close()
             for router in self._routers:
                 await router.close()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Ray Serve's controller calls it, for the proxies (`serve.front_router`)."""
+        return {DRAINING: self._gate.draining}
 
     # `serve.stop_requests` calls these when the application is removed.
 
@@ -348,6 +358,7 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
         num_replicas=config.fronts.count,
         ray_actor_options={"num_cpus": 0, "resources": on_hosts_with(config.fronts.host_resource)},
         max_ongoing_requests=MAX_CALLS_PER_FRONT,
+        request_router_config=front_router_config(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models) + FRONT_MARGIN_S,

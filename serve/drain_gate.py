@@ -1,7 +1,7 @@
 """Place 2 of a request: counts the requests being answered, refuses new ones while the server drains, and ends the rest when it stops.
 
-A draining server reports that it is not ready, so load balancers send elsewhere; requests already accepted run to their end, or until
-`DrainGate.end_requests`.
+A server that refuses requests reports that it is not ready, so load balancers send elsewhere; requests already accepted run to their end,
+or until `DrainGate.end_requests`.
 """
 
 import asyncio
@@ -28,6 +28,10 @@ class DrainGate(ServiceWrapper):
         super().__init__(inner)
         self._on_refusal = on_refusal
         self.draining = False
+        """Whether the server refuses new requests, or has given notice that it will (`drain`)."""
+        self._is_refusing = False
+        self._notice: asyncio.TimerHandle | None = None
+        """Runs until new requests are refused."""
         self._stopping = False
         self.has_ended_requests = False
         """Whether the server is being stopped, and the grace of the requests that were open is over."""
@@ -40,13 +44,32 @@ class DrainGate(ServiceWrapper):
         """Requests that are being answered."""
         return len(self._open)
 
-    def drain(self) -> None:
-        """Refuse new requests from now on."""
+    def drain(self, *, notice_s: float = 0.0) -> float:
+        """Refuse new requests, after ``notice_s`` if the server does not drain yet. Returns the seconds until then.
+
+        With notice, the server is ready and accepts requests for that long, while `draining` says already that they belong elsewhere.
+        """
+        if notice_s > 0.0 and not self.draining:
+            self._notice = asyncio.get_running_loop().call_later(notice_s, self._refuse)
         self.draining = True
+        if notice_s == 0.0:
+            self._refuse()
+        return 0.0 if self._notice is None else max(self._notice.when() - asyncio.get_running_loop().time(), 0.0)
 
     def reopen(self) -> None:
         """Accept requests again, unless the server is being stopped (`end_requests`)."""
-        self.draining = self._stopping
+        if not self._stopping:
+            self._end_notice()
+            self.draining = self._is_refusing = False
+
+    def _refuse(self) -> None:
+        self._end_notice()
+        self._is_refusing = True
+
+    def _end_notice(self) -> None:
+        if self._notice is not None:
+            self._notice.cancel()
+            self._notice = None
 
     async def end_requests(self, grace_s: float) -> None:
         """Refuse new requests for good, let the open ones run for at most ``grace_s``, then end the rest with `ServerStopped`.
@@ -78,10 +101,10 @@ class DrainGate(ServiceWrapper):
             return await open_request.result_of(lambda: self._inner.embed(request))
 
     def ready(self) -> bool:
-        return not self.draining and super().ready()
+        return not self._is_refusing and super().ready()
 
     def readiness(self) -> Mapping[str, bool]:
-        return {name: ready and not self.draining for name, ready in super().readiness().items()}
+        return {name: ready and not self._is_refusing for name, ready in super().readiness().items()}
 
     async def _counted(self, answer: Callable[[R], AsyncGenerator[TextEvent, None]], request: R) -> AsyncGenerator[TextEvent, None]:
         """The events of a request, which is open until they end.
@@ -98,12 +121,12 @@ class DrainGate(ServiceWrapper):
 
     @contextmanager
     def _count_open(self, request: AnyRequest) -> "Iterator[_OpenRequest]":
-        """Count a request as open, unless the server is draining.
+        """Count a request as open, unless the server refuses new ones.
 
         Raises:
             Draining: no new requests are accepted.
         """
-        if self.draining:
+        if self._is_refusing:
             error = Draining()
             self._on_refusal(request, error)
             raise error

@@ -134,7 +134,7 @@ FRONT_READY = Metric(
 FRONT_DRAINING = Metric(
     name="manta_front_draining",
     kind=Kind.GAUGE,
-    description="1 while the front refuses new requests, because it is drained or the server is being stopped.",
+    description="1 while the front refuses new requests or is about to, because it is drained or the server is being stopped.",
     labels=("front",),
 )
 RESUMES = Metric(

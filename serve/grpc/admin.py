@@ -1,5 +1,6 @@
 """`manta.v1.AdminService`: information about the server, its load, aborting a request, and draining."""
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -37,8 +38,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         fleets: Sequence[Fleet],
         *,
         authenticator: Authenticator | None = None,
+        drain_notice_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """``drain_notice_s``: how long whatever balances requests over several fronts takes to learn that this one drains."""
+        self._drain_notice_s = drain_notice_s
         self._gate, self._fleets, self._authenticator = gate, fleets, authenticator or NoAuthentication()
         self._started = Timestamp(seconds=int(clock()))
 
@@ -82,7 +86,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             if request.undo:
                 self._gate.reopen()
             else:
-                self._gate.drain()
+                await asyncio.sleep(self._gate.drain(notice_s=self._drain_notice_s()))
             return admin_pb2.DrainResponse(open_requests=self._gate.num_open)
 
         return await answer_or_refuse(answer, admin_pb2.DrainResponse, context)

@@ -83,7 +83,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Makes the front refuse new requests, or accept them again. Readiness follows; running requests are completed.
+        """Makes the front refuse new requests, or accept them again. Readiness follows; running requests are completed. If there are
+        other fronts, it returns after two seconds, in which the front still accepts requests: from then on the others get them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
