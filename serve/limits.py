@@ -45,6 +45,8 @@ class Limits:
     repetition_penalty: float = 10.0
     least_repetition_penalty: float = 0.01
     """Logits are divided by it, and must stay numbers."""
+    priority: int = 1_000
+    """Greatest absolute value."""
     id_chars: int = 128
     """Length of request ids, ``user`` and salts; their characters are ``A-Z a-z 0-9 . _ : -``."""
     remembered_s: float = 60.0

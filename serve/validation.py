@@ -170,7 +170,7 @@ class Validator:
             raise InvalidRequest(
                 f"a request id must be 1 to {self.limits.id_chars} of the characters A-Z a-z 0-9 . _ : -", param="request_id"
             )
-        _check_integer("priority", request.priority, -(1 << 31), (1 << 31) - 1)
+        check_priority(request.priority, self.limits)
         if request.deadline_s is not None and not math.isfinite(request.deadline_s):
             raise InvalidRequest("the deadline must be a finite time", param="deadline_s")
 
@@ -231,6 +231,15 @@ class Validator:
             raise InvalidRequest(f"{param} must hold token ids from 0 to {self.model.num_real_tokens - 1}", param=param)
 
 
+def check_priority(value: object, limits: Limits, *, param: str = "priority") -> int:
+    """The priority that HTTP's header or body or gRPC's field asks for.
+
+    Raises:
+        InvalidRequest: it is not a number in the range of `Limits.priority`; names ``param``.
+    """
+    return _whole_number(param, value, -limits.priority, limits.priority)
+
+
 def _check_message(param: str, message: Message) -> None:
     if message.role not in ROLES:
         raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
@@ -265,8 +274,14 @@ def _check_number(param: str, value: float | None, low: float, high: float, *, a
 
 
 def _check_integer(param: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and (type(value) is not int or not low <= value <= high):
+    if value is not None:
+        _whole_number(param, value, low, high)
+
+
+def _whole_number(param: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
         raise InvalidRequest(f"{param} must be a whole number from {low} to {high}", param=param)
+    return value
 
 
 def _first_given(requested: N | None, recommended: N | None, default: N) -> N:

@@ -57,7 +57,7 @@ class HttpApi:
         ignored = ignored_fields(body, fields)
         if ignored and self.strict:
             raise InvalidRequest(f"these fields have no effect here: {', '.join(ignored)}", param=ignored[0])
-        header_priority = priority(request.headers)
+        header_priority = priority(request.headers, self.limits)
         wait_ms = deadline_ms(request.headers)
         context = RequestContext(
             id=request_id,

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 
 from serve.errors import InvalidRequest
+from serve.limits import Limits
+from serve.validation import check_priority
 
 PRIORITY = "x-priority"
 """An integer, by default 0. Among the requests of one caller, those with lower numbers are served first."""
@@ -11,18 +13,20 @@ DEADLINE_MS = "x-deadline-ms"
 """Milliseconds from the request's arrival after which it ends with `deadline_exceeded`."""
 TIMING = "x-manta-ledger"
 """`1`: report where the request's time went, in a `Server-Timing` header or in a comment at the end of a stream."""
-MAX_PRIORITY = 1_000
 MAX_DEADLINE_MS = 24 * 60 * 60 * 1000
 INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 
-def priority(headers: Mapping[str, str]) -> int | None:
+def priority(headers: Mapping[str, str], limits: Limits) -> int | None:
     """The priority that a header asks for; None if there is no such header.
 
     Raises:
         InvalidRequest: the header is not such a number.
     """
-    return _integer(headers, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
+    given = headers.get(PRIORITY)
+    if given is None:
+        return None
+    return check_priority(int(given) if INTEGER.fullmatch(given) else given, limits, param=PRIORITY)
 
 
 def deadline_ms(headers: Mapping[str, str]) -> int | None:

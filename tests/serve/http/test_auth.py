@@ -7,10 +7,12 @@ import httpx
 import pytest
 
 from serve.auth import KeyAuthenticator
+from serve.errors import InvalidRequest
 from serve.http.app import create_app
 from serve.key_file import locked_key_file, new_key
 from serve.limits import Limits
 from serve.quotas import Quotas
+from serve.validation import check_priority
 
 OPEN = ("/livez", "/readyz")
 CLOSED = (
@@ -121,6 +123,15 @@ async def test_answers_tell_what_is_left_of_a_quota(locked: httpx.AsyncClient, k
 async def test_refusals_tell_what_is_left_of_a_quota_too(locked: httpx.AsyncClient, keys: Keys) -> None:
     refused = await locked.post("/v1/chat/completions", json={}, headers=keys.header("few"))
     assert (refused.status_code, refused.headers["x-ratelimit-limit-requests"]) == (400, "1")
+
+
+@pytest.mark.parametrize("asked", ["1001", "-1001", "high"])
+async def test_a_priority_is_refused_in_the_same_words_wherever_it_is_given(http: httpx.AsyncClient, chat_body, asked: str) -> None:
+    """gRPC's field passes the same check (`tests.serve.bad_input`)."""
+    header = (await http.post("/v1/chat/completions", json=chat_body, headers={"x-priority": asked})).json()["error"]
+    with pytest.raises(InvalidRequest) as raised:
+        check_priority(int(asked) if asked != "high" else asked, Limits())
+    assert header["message"] == f"x-{raised.value.message}" == "x-priority must be a whole number from -1000 to 1000"
 
 
 async def test_priority_and_deadline_come_in_headers(http: httpx.AsyncClient, service, chat_body) -> None:

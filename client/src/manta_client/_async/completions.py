@@ -39,7 +39,7 @@ class AsyncCompletions:
             prompt: text, token ids, or a list of either.
             model: a name from `models.list`; may be left out if the server has only one.
             echo: begin the answer with the prompt; with `logprobs`, also return the log-probabilities of the prompt.
-            priority: lower numbers are served first.
+            priority: from -1000 to 1000; lower numbers are served first.
             timeout: seconds in all, including retries; default: the client's.
             idempotency_key: requests with the same key are computed once; default: a new one.
             options: temperature, max_tokens, stop, seed, ...; see `Options`.

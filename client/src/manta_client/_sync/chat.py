@@ -41,7 +41,7 @@ class Chat:
         Args:
             messages: oldest first, each {"role": "system" | "user" | "assistant" | "tool", "content": ...}.
             model: a name from `models.list`; may be left out if the server has only one.
-            priority: lower numbers are served first.
+            priority: from -1000 to 1000; lower numbers are served first.
             timeout: seconds in all, including retries; default: the client's.
             tools: functions that the model may call: pydantic models, or OpenAI's dicts.
             tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.

@@ -33,7 +33,7 @@ class Embeddings:
             input: text, token ids, or a list of either.
             model: a name from `models.list`; may be left out if the server has only one.
             dimensions: length to which vectors are cut, and then normalised; default: all dimensions.
-            priority: lower numbers are served first.
+            priority: from -1000 to 1000; lower numbers are served first.
             timeout: seconds in all, including retries; default: the client's.
             idempotency_key: requests with the same key are computed once; default: a new one.
 
