@@ -50,8 +50,8 @@ def batch(
         exit_with_error(f"--url {url!r} is not a URL; write for example http://127.0.0.1:8000", code=WRONG_USAGE)
     url = url.rstrip("/").removesuffix("/v1")  # as the greeting of `manta serve` and OpenAI's clients have it
     key = api_key or os.environ.get("MANTA_API_KEY")
-    if key and not (key.isascii() and key.isprintable()):  # not repeated here: most of it may be right
-        exit_with_error("the API key has characters other than printable ASCII, which no key has", code=WRONG_USAGE)
+    if key:
+        _check_key(key)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     stopped, shown = threading.Event(), None
@@ -94,6 +94,17 @@ def _failed(output: Path, asked: set[str]) -> str:
     which, (first, *others) = f"line{'s' if len(failed) > 1 else ''} {named} of {output}", failed
     why = f"{'the first, ' if others else ''}{first.custom_id}, {first.reason}"
     return f"{len(failed)} failed: {which} ({why}); --retry-failed asks again"
+
+
+def _check_key(key: str) -> None:
+    """Exit the program if no request can carry the key."""
+    from manta_client.endpoint import check_key
+    from manta_client.errors import InvalidKey
+
+    try:
+        check_key(key)
+    except InvalidKey as error:
+        exit_with_error(str(error), code=WRONG_USAGE)
 
 
 @contextmanager
