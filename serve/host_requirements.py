@@ -8,7 +8,7 @@ from engine.run.settings import RunnerConfig
 from model.adapter_config import AdapterConfig
 from model.adapter_names import stored_names, unties_head
 from model.checkpoint_folder import small_files
-from parallel.topology import Topology
+from parallel.topology import Topology, TopologyAxis
 from serve.config import ServeConfig
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16, FORMATS
@@ -23,7 +23,20 @@ def host_requirements(folder: Path | None, config: ServeConfig, adapter: Path | 
     """
     device = "cuda" if config.resources.gpus or config.runner.device.startswith("cuda") else "cpu"
     weights = _weights(folder, config, adapter) if folder else 0
-    return Need(device=device, gpus_per_rank=config.resources.gpus or 0.0, weights_bytes=weights)
+    return Need(
+        device=device,
+        gpus_per_rank=config.resources.gpus or 0.0,
+        weights_bytes=weights,
+        groups=groups_that_all_reduce(config.parallel.topology),
+    )
+
+
+def groups_that_all_reduce(topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """The sets of several ranks that all-reduce in every layer: tensor-parallel ranks, and those that share an expert. (Without expert
+    parallelism there usually are no experts.)"""
+    axes: tuple[TopologyAxis, ...] = ("tp", "expert_tp") if topology.ep > 1 else ("tp",)
+    groups = dict.fromkeys(topology.peers(rank, axis) for axis in axes for rank in range(topology.size))
+    return tuple(group for group in groups if len(group) > 1)
 
 
 def _weights(folder: Path, config: ServeConfig, adapter: Path | str | None) -> int:

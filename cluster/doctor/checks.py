@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from cluster.doctor.facts import GpuFacts, HostFacts, Need
 from cluster.doctor.findings import Finding, Severity, ordered
@@ -10,6 +11,7 @@ GIB, MIB = 2**30, 2**20
 SHARED = "/dev/shm"  # noqa: S108  (a name for messages)
 Facts = Sequence[HostFacts]
 Check = Callable[[Facts, Need], Iterator[Finding]]
+T = TypeVar("T")
 
 SEGMENT_BYTES = 12 * MIB
 """Bytes of /dev/shm per rank on CPUs: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
@@ -71,6 +73,30 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def _same_processors(facts: Facts, need: Need) -> Iterator[Finding]:
+    """Fatal on GPUs: kernels, tile sizes and formats are chosen for each GPU model, and no mixture has been tried. A warning on CPUs, where
+    all variants compute the same up to rounding."""
+    for group in need.groups:
+        ranks = [each for each in facts if each.rank in group]
+        if need.device == "cuda":
+            names = [", ".join(sorted({gpu.name for gpu in each.gpus if gpu.total_bytes})) for each in ranks]  # of MIG instances unknown
+            for host, odd, here, common in _odd_ones(*_known(ranks, names)):
+                yield Finding(
+                    severity=Severity.FATAL, check="gpu model", host=host, ranks=odd,
+                    found=f"rank(s) {_listed(odd)} have {here}, and the other ranks of their group {common}",
+                    todo="mark the hosts of one GPU model with a Ray resource and set resources.host_resource to it, or choose a layout "
+                    "whose groups lie within one host, such as pipeline stages",
+                )  # fmt: skip
+        else:
+            for host, odd, here, common in _odd_ones(*_known(ranks, [each.kernel_variant for each in ranks])):
+                yield Finding(
+                    severity=Severity.WARNING, check="cpu kernels", host=host, ranks=odd,
+                    found=f"rank(s) {_listed(odd)} have CPU kernels for {here}, and the other ranks of their group for {common}",
+                    todo="this works, but the last bits of results depend on which rank computes what; use hosts with one kind of CPU "
+                    "if they must not",
+                )  # fmt: skip
+
+
 def _launcher(facts: Facts, need: Need) -> Iterator[Finding]:
     """Otherwise a rank would fail at its first kernel, after all weights are loaded."""
     for each in _first_of_hosts([each for each in facts if each.triton_launcher_problem and need.device == "cuda"]):
@@ -124,7 +150,7 @@ def _shared_memory(facts: Facts, need: Need) -> Iterator[Finding]:
                 f"{ranks[each.host]} ranks need {_mib(wanted)}" + ("" if fatal else "; gloo, which is slower, will be used"),
                 todo="enlarge it (docker: --shm-size; Kubernetes: an emptyDir of medium Memory at /dev/shm)",
             )  # fmt: skip
-        elif need.device == "cpu" and not each.shared_memory_built:
+        elif need.device == "cpu" and each.kernel_variant is None:
             todo = "run `python -m parallel.native.library` there once"
             if each.compiler is None:
                 todo = f"install a C++ compiler (Debian: g++), then {todo}"
@@ -192,21 +218,35 @@ def _checkpoint(facts: Facts, need: Need) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    _versions, _driver, _gpus, _launcher, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint,
+    _versions, _driver, _gpus, _same_processors, _launcher, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint,
 )  # fmt: skip
 
 
 def _must_agree(facts: Facts, name: str, values: Sequence[str | None]) -> Iterator[Finding]:
     """Fatal for ranks whose value differs from the most common one."""
-    common = Counter(values).most_common(1)[0][0] if values else None
+    for host, ranks, here, common in _odd_ones(facts, values):
+        yield Finding(
+            severity=Severity.FATAL, check="versions", host=host, ranks=ranks,
+            found=f"{name} is {here or 'not installed'} there and {common or 'not installed'} on the others",
+            todo="install the same release on every host (best by the same image)",
+        )  # fmt: skip
+
+
+def _odd_ones(facts: Facts, values: Sequence[T]) -> Iterator[tuple[str, tuple[int, ...], T, T]]:
+    """For each host with ranks whose value is not the most common one: the host, these ranks, the value of the first, the common one."""
+    if not values:
+        return
+    ((common, _),) = Counter(values).most_common(1)
     odd = [(each, value) for each, value in zip(facts, values, strict=True) if value != common]
     for host in dict.fromkeys(each.host for each, _ in odd):
         of_host = [(each, value) for each, value in odd if each.host == host]
-        yield Finding(
-            severity=Severity.FATAL, check="versions", host=host, ranks=tuple(each.rank for each, _ in of_host),
-            found=f"{name} is {of_host[0][1] or 'not installed'} there and {common or 'not installed'} on the others",
-            todo="install the same release on every host (best by the same image)",
-        )  # fmt: skip
+        yield host, tuple(each.rank for each, _ in of_host), of_host[0][1], common
+
+
+def _known(facts: Facts, values: Sequence[str | None]) -> tuple[list[HostFacts], list[str]]:
+    """The ranks that have a value, and the values."""
+    known = [(each, value) for each, value in zip(facts, values, strict=True) if value]
+    return [each for each, _ in known], [value for _, value in known]
 
 
 def _first_of_hosts(facts: Facts) -> list[HostFacts]:
@@ -229,6 +269,10 @@ def _once_per_gpu(facts: Facts) -> Iterator[tuple[HostFacts, GpuFacts]]:
 def _minor(python: str) -> str:
     """Patch releases of Python are compatible in everything that ranks exchange."""
     return ".".join(python.split(".")[:2])
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _gib(num_bytes: int) -> str:

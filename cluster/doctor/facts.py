@@ -47,8 +47,9 @@ class HostFacts:
     cache_free_bytes: int
     open_files_limit: int
     compiler: str | None
-    shared_memory_built: bool
-    """Whether the CPU kernels, which include the collectives through shared memory, have been compiled on this host."""
+    kernel_variant: str | None
+    """The variant of the CPU kernels (`parallel.native.variants`) that this process would load; None if none is built for this processor.
+    They include the collectives through shared memory."""
     triton_launcher_problem: str | None = None
     """Why Triton cannot compile its kernel launcher, which it does once on each host with GPUs; None if it can."""
     checkpoint_problem: str | None = None
@@ -68,6 +69,8 @@ class Need:
     """Weights of the largest rank, in the format in which it will hold them."""
     cache_bytes: int = 0
     """Disk space in the cache folder."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Sets of ranks that all-reduce in every layer, for tensor parallelism or within an expert."""
 
 
 def clock_ahead(*, asked_s: float, began_s: float, ended_s: float, answered_s: float) -> float:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from cluster.doctor.facts import GpuFacts, HostFacts, InterfaceFacts
-from parallel.user_cache import cache_folder, default_cache_folder
+from parallel.cpp_build import Unavailable
+from parallel.native.variants import built_variant
 
 LIBRARIES = {
     "manta": ("manta",), "torch": ("torch",), "ray": ("ray",), "safetensors": ("safetensors",),
@@ -48,7 +49,7 @@ def gather(*, rank: int, address: str | None, cache_folder: Path, open_checkpoin
         cache_free_bytes=cache.free,
         open_files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         compiler=next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
-        shared_memory_built=_shared_memory_built(),
+        kernel_variant=_kernel_variant(),
         triton_launcher_problem=triton_launcher_problem(os.environ),
         checkpoint_problem=_problem(open_checkpoint),
     )
@@ -150,10 +151,11 @@ def _memory_available(cgroup: Path = CGROUP) -> int:
         return available
 
 
-def _shared_memory_built() -> bool:
-    """Whether there are kernels in the folder of `parallel.native.library.built_path`. Whether they are the right ones is checked when the
-    ranks open their groups."""
-    return any(any((cache / "native").glob("*/*.so")) for cache in (cache_folder(), default_cache_folder()))
+def _kernel_variant() -> str | None:
+    try:
+        return built_variant()
+    except Unavailable:
+        return None
 
 
 def _nearest(folder: Path) -> Path:

@@ -16,31 +16,18 @@ from pathlib import Path
 
 import torch
 
-from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
+from parallel.cpp_build import Unavailable, compile_to
 from parallel.native.tiles import may_use_tiles
-from parallel.user_cache import default_cache_folder, in_use, remove_unused
+from parallel.native.variants import FLAGS, PREBUILT, SOURCES, VARIANTS, built_path, built_variant, prebuilt_path, usable_variants
+from parallel.user_cache import in_use, remove_unused
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "csrc"
-PREBUILT = Path(__file__).parent / "built"
-"""Kernels built in advance next to the sources (``--all``)."""
 UNUSED_S = 30 * 86_400.0
 """Kernels in the user's cache that were not loaded for this long are removed when others are built: every version of the sources, and so
 every update of Manta, has its own."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno")
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 KINDS = ("bf16", "fp32", "int8", "int4", "int4_zeros")
-VARIANTS = {
-    "amx": (*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    "avx512_bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
-    "avx512_vnni": (*AVX512, "-mavx512vnni"),
-    "avx512": AVX512,
-    "avx2": AVX2,
-}
-"""Best first, with the compiler flags."""
 _INTEGER_DOTS = ("int8_dot", "int4_dot", "int4_zeros_dot")
 _ALL_DOTS = ("bf16_dot", *_INTEGER_DOTS)
 DOT_KINDS = {"amx": _ALL_DOTS, "avx512_bf16": _ALL_DOTS, "avx512_vnni": _INTEGER_DOTS}
@@ -105,8 +92,7 @@ class Native:
 def native() -> Native | None:
     """The kernels for this processor, or None, with the reason in the log."""
     try:
-        variant = next((one for one in usable_variants() if built_path(one).exists()), None)
-        if variant is None:
+        if (variant := built_variant()) is None:
             raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
         if variant != (best := usable_variants()[0]):
             logger.warning("using the CPU kernels for %s, as those for %s are not built; %s", variant, best, HOW_TO_BUILD)
@@ -135,52 +121,6 @@ def has_kernel(kind: str) -> bool:
     return kind in available_kinds()
 
 
-def usable_variants() -> tuple[str, ...]:
-    """The `VARIANTS` that this processor supports, best first.
-
-    Raises:
-        Unavailable: none.
-    """
-    has = _capabilities()
-    found: list[str] = []
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
-        if {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"} <= has and may_use_tiles():
-            found.append("amx")
-        if "avx512_vnni" in has:
-            found += ["avx512_bf16", "avx512_vnni"] if "avx512_bf16" in has else ["avx512_vnni"]
-        found.append("avx512")
-    if {"avx2", "fma", "f16c"} <= has:
-        found.append("avx2")
-    if not found:
-        raise Unavailable(f"they are for x86-64 with AVX2, which this {platform.machine()} has not")
-    return tuple(found)
-
-
-def _capabilities() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
-
-
-def built_path(variant: str) -> Path:
-    """Path of this variant's library: next to the sources if it was built in advance, else in the user's cache (perhaps not built yet).
-
-    What was built before MANTA_CACHE was set is found as well.
-    """
-    cached = _library_path(variant, prebuilt=False)
-    before = default_cache_folder() / "native" / cached.parent.name / cached.name
-    return next((path for path in (_library_path(variant, prebuilt=True), cached, before) if path.exists()), cached)
-
-
-def _library_path(variant: str, *, prebuilt: bool) -> Path:
-    parts = [part.encode() for part in (platform.machine(), *FLAGS, *VARIANTS[variant])]
-    parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    version, file = version_of(parts), f"manta_{variant}.so"
-    return PREBUILT / version / file if prebuilt else cache_path("native", version, file)
-
-
 def build(variant: str | None = None) -> Path:
     """Compile the kernels for this processor (or the given variant) unless they are built already. If the compiler does not support the
     processor's newest instructions, the next lesser variant is built.
@@ -203,7 +143,7 @@ def build_all() -> list[Path]:
     Raises:
         Unavailable: what is missing on this machine, or the compiler's output.
     """
-    return [_compiled(variant, _library_path(variant, prebuilt=True)) for variant in VARIANTS]
+    return [_compiled(variant, prebuilt_path(variant)) for variant in VARIANTS]
 
 
 def _compiled(variant: str, target: Path | None = None) -> Path:

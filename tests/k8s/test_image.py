@@ -51,7 +51,8 @@ def test_its_versions_are_those_of_the_project(builder: Builder, container: str)
 
 def test_it_brings_our_kernels_for_the_processor_that_it_finds_itself_on(builder: Builder, container: str) -> None:
     """It has no compiler, and its user can write nowhere beside its sources."""
-    script = "from parallel.native.library import native, usable_variants; print(native(), usable_variants()[0])"
+    imports = "from parallel.native.library import native; from parallel.native.variants import usable_variants"
+    script = f"{imports}; print(native(), usable_variants()[0])"
     found, best = builder.run_in(container, ["python3", "-c", script]).strip().rsplit(maxsplit=1)
     assert found == f"<Native {best}>"
 

@@ -35,7 +35,7 @@ def facts(rank: int, host: str, **other: Any) -> HostFacts:
         "cache_free_bytes": 500 * GIB,
         "open_files_limit": 65_536,
         "compiler": "/usr/bin/c++",
-        "shared_memory_built": True,
+        "kernel_variant": "avx512_vnni",
     }
     return HostFacts(**(well | other))
 
@@ -99,7 +99,7 @@ def test_one_rank_that_is_otherwise_names_its_host(changed: dict[str, Any], need
         ),
         ({"shm_free_bytes": 64 << 20, "shm_total_bytes": 64 << 20}, CUDA, "fatal", "shared memory", "64 MiB free of 64 MiB"),
         ({"shm_free_bytes": 64 << 20, "shm_total_bytes": 64 << 20}, CPU, "warning", "shared memory", "gloo"),
-        ({"shared_memory_built": False}, CPU, "warning", "shared memory", "not built"),
+        ({"kernel_variant": None}, CPU, "warning", "shared memory", "not built"),
         ({"cache_free_bytes": 1 << 20}, CPU, "fatal", "disk", "/cache has 0.0 GiB free"),
         ({"cache_free_bytes": GIB // 2}, CPU, "warning", "disk", "/cache has 0.5 GiB free"),
         ({"memory_available_bytes": 9 * GIB}, CPU, "fatal", "memory", "8 rank(s) need 16.0 GiB"),
@@ -114,8 +114,39 @@ def test_what_is_wrong_with_a_host_is_said_once(changed: dict[str, Any], need: N
     assert finding.todo
 
 
+A100 = dataclasses.replace(H100, name="A100")
+ONE_GROUP, TWO_GROUPS = (tuple(range(16)),), (tuple(range(8)), tuple(range(8, 16)))
+ON_B = [facts(rank, "host-b", gpus=(dataclasses.replace(A100, index=rank),), kernel_variant="amx") for rank in range(8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("need", "severity", "check", "words"),
+    [
+        (CUDA, Severity.FATAL, "gpu model", "rank(s) 8, 9, 10, 11, 12, 13, 14, 15 have A100, and the other ranks of their group H100"),
+        (CPU, Severity.WARNING, "cpu kernels", "have CPU kernels for amx, and the other ranks of their group for avx512_vnni"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_ranks_that_compute_together_have_processors_of_one_kind(need: Need, severity: Severity, check: str, words: str) -> None:
+    ranks = [facts(rank, "host-a") for rank in range(8)] + ON_B
+    (finding,) = (each for each in examine(ranks, dataclasses.replace(need, groups=ONE_GROUP)) if each.severity is not Severity.NOTE)
+    assert (finding.severity, finding.check, finding.host) == (severity, check, "host-b")
+    assert words in finding.found
+    assert finding.todo
+    assert grave(examine(ranks, dataclasses.replace(need, groups=TWO_GROUPS))) == [], "such as two pipeline stages"
+    assert grave(examine(ranks, need)) == []
+
+
+def test_a_rank_whose_processor_is_unknown_is_not_compared() -> None:
+    part = GpuFacts(index=0, name="MIG-4e1d", total_bytes=0, used_bytes=0)
+    other = dataclasses.replace(part, name="MIG-77aa")
+    pair = [facts(0, "a", gpus=(part,), kernel_variant=None), facts(1, "b", gpus=(other,))]
+    assert grave(examine(pair, dataclasses.replace(CUDA, groups=((0, 1),)))) == []
+    assert grave(examine(pair, Need(groups=((0, 1),)))) == []
+
+
 def test_without_a_compiler_it_is_said_what_to_install() -> None:
-    ranks = [facts(rank, "host-a", shared_memory_built=False, compiler=None) for rank in range(2)]
+    ranks = [facts(rank, "host-a", kernel_variant=None, compiler=None) for rank in range(2)]
     assert "install a C++ compiler" in examine(ranks, CPU)[0].todo
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel.cpp_build import Unavailable
-from parallel.native import library
+from parallel.native import library, variants
 
 
 def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,19 +17,19 @@ def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytes
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     vnni = avx512 | {"avx512_vnni"}
     cases = ((avx2, "avx2"), (avx512, "avx512"), (vnni, "avx512_vnni"), (vnni | {"avx512_bf16"}, "avx512_bf16"))
-    monkeypatch.setattr(library, "may_use_tiles", lambda: True)
+    monkeypatch.setattr(variants, "may_use_tiles", lambda: True)
     for has, wanted in cases:
-        monkeypatch.setattr(library, "_capabilities", lambda has=has: has)
-        assert library.usable_variants()[0] == wanted
-        assert set(library.usable_variants()) <= library.VARIANTS.keys()
+        monkeypatch.setattr(variants, "_capabilities", lambda has=has: has)
+        assert variants.usable_variants()[0] == wanted
+        assert set(variants.usable_variants()) <= variants.VARIANTS.keys()
     tiles = vnni | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}
-    monkeypatch.setattr(library, "_capabilities", lambda: tiles)
-    assert library.usable_variants()[:2] == ("amx", "avx512_bf16")
-    monkeypatch.setattr(library, "may_use_tiles", lambda: False)
-    assert library.usable_variants()[0] == "avx512_bf16"
-    monkeypatch.setattr(library, "_capabilities", set)
+    monkeypatch.setattr(variants, "_capabilities", lambda: tiles)
+    assert variants.usable_variants()[:2] == ("amx", "avx512_bf16")
+    monkeypatch.setattr(variants, "may_use_tiles", lambda: False)
+    assert variants.usable_variants()[0] == "avx512_bf16"
+    monkeypatch.setattr(variants, "_capabilities", set)
     with pytest.raises(Unavailable, match="x86-64 with AVX2"):
-        library.usable_variants()
+        variants.usable_variants()
 
 
 def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,7 +60,7 @@ def test_without_kernels_the_log_says_how_to_build_them(tmp_path: Path) -> None:
 
 
 def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
+    monkeypatch.setattr(variants, "PREBUILT", tmp_path / "brought")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MANTA_CACHE", raising=False)
 
@@ -72,13 +72,13 @@ def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monke
     monkeypatch.setattr(library, "compile_to", compiler)
     assert library.build("avx2").is_relative_to(tmp_path / "cache")
     brought = library.build_all()
-    assert [path.name for path in brought] == [f"manta_{variant}.so" for variant in library.VARIANTS]
+    assert [path.name for path in brought] == [f"manta_{variant}.so" for variant in variants.VARIANTS]
     assert all(path.is_relative_to(tmp_path / "brought") for path in brought)
-    assert [library.built_path(variant) for variant in library.VARIANTS] == brought
+    assert [variants.built_path(variant) for variant in variants.VARIANTS] == brought
 
 
 def test_what_is_built_is_kept_in_the_cache_that_is_set_and_removes_what_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
+    monkeypatch.setattr(variants, "PREBUILT", tmp_path / "brought")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
     monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "set"))
     old = tmp_path / "set" / "native" / "old" / "manta_avx2.so"
@@ -99,10 +99,10 @@ def test_what_is_built_is_kept_in_the_cache_that_is_set_and_removes_what_is_old(
     before = tmp_path / "default" / "manta" / built.relative_to(tmp_path / "set")
     before.parent.mkdir(parents=True)
     built.rename(before)
-    assert library.built_path("avx2") == before == library.build("avx2"), "built before MANTA_CACHE was set"
+    assert variants.built_path("avx2") == before == library.build("avx2"), "built before MANTA_CACHE was set"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", library.VARIANTS)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_every_variant_compiles_whatever_this_processor_is(variant: str) -> None:
     assert library.build(variant).exists()
