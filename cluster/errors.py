@@ -1,5 +1,6 @@
 """Errors of this package. `serve/errors.py` maps each to an HTTP and a gRPC response."""
 
+from engine.counted import counted
 from engine.errors import EngineError, WorkersLost
 
 
@@ -7,7 +8,7 @@ class ReplicaLost(EngineError):
     """The replica that computed the answer was lost, and no attempt is left."""
 
     def __init__(self, *, attempts: int, last: str) -> None:
-        super().__init__(f"the answer was lost {attempts} times with its replica (last: {last}); try again")
+        super().__init__(f"the answer was lost {counted(attempts, 'time')} with its replica (last: {last}); try again")
         self.attempts = attempts
 
 
@@ -30,7 +31,7 @@ class ResumesExhausted(EngineError):
     """More streams lost their replica within a short time than may be resumed."""
 
     def __init__(self, *, resumes: int, window_s: float, retry_after_s: float = 5.0) -> None:
-        super().__init__(f"more than {resumes} answers lost their replica within {window_s:g} s; try again in {retry_after_s:g} s")
+        super().__init__(f"more than {counted(resumes, 'answer')} lost a replica within {window_s:g} s; try again in {retry_after_s:g} s")
         self.retry_after_s = retry_after_s
 
 

@@ -14,6 +14,7 @@ from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
 from cluster.messages import Cancel, FrontDropped, Message, Ping, Pong, StepEvents, Submit, SubscribeBlocks, decode, encode
 from cluster.stream_table import Front, StreamTable, untagged_rows
+from engine.counted import counted
 from engine.engine import rejection
 from engine.errors import DuplicateRequest, EngineError
 from engine.output import EngineOutput
@@ -227,4 +228,6 @@ class FrontProtocol:
             self._cancel(*key)
         self._streams.remove_front(front)
         if orphans:
-            logger.warning("a front is gone (%s); its %d requests are cancelled", reason, len(orphans))
+            logger.warning(
+                "a front is gone (%s), and %s cancelled", reason, counted(len(orphans), "request of it is", "requests of it are")
+            )

@@ -1,5 +1,7 @@
 """Errors of the engine. `serve/errors.py` maps each to an HTTP and a gRPC response."""
 
+from engine.counted import counted
+
 
 class EngineError(Exception):
     """Base class of all errors that the engine reports about a request or about itself."""
@@ -39,7 +41,7 @@ class KvCacheTooSmall(EngineError):
 
 class QueueFull(EngineError):
     def __init__(self, *, limit: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(f"{limit} requests are waiting already; try again in {retry_after_s:g} s")
+        super().__init__(f"{counted(limit, 'request is', 'requests are')} waiting already; try again in {retry_after_s:g} s")
         self.limit, self.retry_after_s = limit, retry_after_s
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
+from engine.counted import counted
 from engine.plan import Rebalance, RebalanceResult
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class ExpertBalancer:
         if self._every_steps is not None:
             self._next_step = num_steps + self._every_steps
         if result.num_moved:
-            logger.info("%d experts moved: imbalance %.2f -> %.2f", result.num_moved, result.imbalance_before, result.imbalance_after)
+            logger.info(
+                "%s moved: imbalance %.2f -> %.2f", counted(result.num_moved, "expert"), result.imbalance_before, result.imbalance_after
+            )
         if self._requested and self._requested[0].rebalance is rebalance:
             self._requested.popleft().result.set_result(result)
 

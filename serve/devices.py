@@ -50,8 +50,9 @@ def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
     """Check that there are GPUs for the minimum number of replicas; for more replicas, hosts may be added later."""
     wanted = sum(_gpus_of_a_rank(config) * config.parallel.topology.size * max(config.replicas.least, 1) for config in configs)
     if wanted > num_gpus:
+        needed, verb = f"{wanted:g} GPU{'' if wanted == 1 else 's'}", "is" if num_gpus == 1 else "are"
         raise DeviceError(
-            f"with a GPU for each rank the server needs {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
+            f"with a GPU for each rank the server needs {needed}, and there {verb} {num_gpus:g}: "
             "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, if GPU hosts are added on "
             f"demand, {GPU_ON_DEMAND_HINT}"
         )

@@ -23,6 +23,7 @@ from cluster.errors import (
     StartFailed,
     UnfitHosts,
 )
+from engine.counted import counted
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -169,7 +170,10 @@ class QuotaExceeded(ServeError):
     """The quota of a key is used up."""
 
     def __init__(self, quota: str, *, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"this API key has reached its quota of {limit} {quota}; try again in {max(retry_after_s, 0.1):.1f} s")
+        """``quota``: its unit, in the plural, such as ``requests per minute``."""
+        unit, _, per = quota.partition(" ")
+        allowed = counted(limit, unit.removesuffix("s"), unit)
+        super().__init__(f"this API key has reached its quota of {allowed} {per}; try again in {max(retry_after_s, 0.1):.1f} s")
         self.quota, self.limit, self.retry_after_s = quota, limit, retry_after_s
 
 

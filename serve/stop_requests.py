@@ -14,6 +14,7 @@ from typing import Any
 import ray.serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
+from engine.counted import counted
 from serve.deployment import FRONTS
 from serve.ray_address import JOB_VARIABLE
 
@@ -66,8 +67,8 @@ def _wait(event: threading.Event, limit_s: float, is_alive: Callable[[], bool]) 
 def still_running(num_open: int, grace_s: float, *, outlives_process: bool, in_job: bool) -> str:
     """What is said of ``num_open`` running requests. Nobody can press Ctrl-C in a Ray job: Ray sends it SIGTERM once, and kills it three
     seconds later (``RAY_JOB_STOP_WAIT_TIME_S``)."""
-    running, them = ("request is", "it") if num_open == 1 else ("requests are", "them")
-    said = f"{num_open} {running} still running and may finish within {grace_s:g} s"
+    them = "it" if num_open == 1 else "them"
+    said = f"{counted(num_open, 'request is', 'requests are')} still running and may finish within {grace_s:g} s"
     if not in_job:
         return f"{said}; Ctrl-C ends {them} at once"
     return f"{said}, also after Ray has ended this job" if outlives_process else f"{said}, unless Ray ends this job before"

@@ -13,6 +13,7 @@ from cluster.config import RankResources
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Finding, Severity
 from cluster.doctor.survey import Examined, HostCheck, Survey, communication_failure, examine_rank, judge, measure
+from engine.counted import counted
 from parallel.topology import Topology
 from parallel.user_cache import cache_folder
 
@@ -94,7 +95,7 @@ def unwrap_ray_error(error: Exception) -> Exception:
 
 
 def _no_room(topology: Topology, resources: RankResources) -> Finding:
-    wanted = f"{topology.size} ranks of {resources.cpus:g} CPU and {resources.gpus or 0:g} GPU"
+    wanted = f"{counted(topology.size, 'rank')} of {resources.cpus:g} CPU and {resources.gpus or 0:g} GPU"
     have = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
     return Finding(
         severity=Severity.FATAL,

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from engine.counted import counted
 from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 SOME_FAILED = 3
@@ -80,7 +81,7 @@ def batch(
         typer.echo("\ninterrupted; the same command goes on where this one was", err=True)
         os._exit(INTERRUPTED)  # do not wait for requests in flight
     assert shown is not None
-    typer.echo(f"{shown.done - shown.failed} of {shown.total} requests are answered in {output}", err=True)
+    typer.echo(f"{shown.done - shown.failed} of {counted(shown.total, 'request')} answered in {output}", err=True)
     if shown.failed:
         exit_with_error(_failed(output, {item.custom_id for item in items}), code=SOME_FAILED)
 

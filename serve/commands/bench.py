@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.counted import counted
 from serve.commands.flags import ADAPTER, DRAFTING, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import Assignments, ConfigFile, exit_with_error, load_settings
@@ -136,8 +137,8 @@ def measure(
     lines = [
         f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
         f"weights: {format_name(formats.matrices)}, embedding and head: {format_name(formats.table)}",
-        f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, copies {ceiling.copy_bytes_per_s / 1e9:.1f}, "
-        f"multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
+        f"machine: {counted(usable_cores(), 'core')}, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"copies {ceiling.copy_bytes_per_s / 1e9:.1f}, multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
         f"deciding a step of {SEQUENCES} sequences takes {control_plane_s() * 1e6:,.0f} us of CPU",
         f"a step reads at least {weights.per_step / 1e6:,.0f} MB of weights",
         f"most memory held by this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB",

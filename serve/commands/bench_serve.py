@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.counted import counted
 from serve.commands.progress import progress_shown
 from serve.commands.settings import exit_with_error
 
@@ -92,7 +93,7 @@ def bench_serve(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     if interrupted:
-        typer.echo(f"manta: interrupted; these are the {len(answers)} requests that had ended", err=True)
+        typer.echo(f"manta: interrupted; {counted(len(answers), 'request')} had ended before", err=True)
         raise typer.Exit(INTERRUPTED)
     if summary.done == 0:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.counted import counted
 from serve.commands.flags import ADAPTER, DRAFTING, KV_AND_CONTEXT, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import FAILED, Assignments, ConfigFile, exit_with_error, load_settings
@@ -180,7 +181,8 @@ def _line(facts: "HostFacts") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     gpus = f", {len(facts.gpus)} GPU ({facts.gpus[0].name})" if facts.gpus else ""
     return (
-        f"rank {facts.rank} on {facts.host}: {facts.cores} cores{gpus}, {facts.memory_available_bytes / 2**30:.1f} GiB of memory free, "
-        f"{facts.shm_free_bytes / 2**30:.1f} GiB of shared memory, {facts.cache_folder} {facts.cache_free_bytes / 2**30:.1f} GiB free; "
+        f"rank {facts.rank} on {facts.host}: {counted(facts.cores, 'core')}{gpus}, "
+        f"{facts.memory_available_bytes / 2**30:.1f} GiB of memory free, {facts.shm_free_bytes / 2**30:.1f} GiB of shared memory, "
+        f"{facts.cache_folder} {facts.cache_free_bytes / 2**30:.1f} GiB free; "
         f"Python {facts.python}, {versions}" + (f", driver {facts.driver}" if facts.driver else "")
     )

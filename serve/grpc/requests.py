@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from google.protobuf.message import Message as AnyMessage
 
+from engine.counted import counted
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2
 from serve.limits import Limits
@@ -53,10 +54,12 @@ def check_counts(message: AnyMessage, limits: Limits) -> None:
         if field.name in entries:
             param, limit = OPENAI_NAMES.get(field.name, field.name), entries[field.name]
             if len(value) > limit:
-                raise InvalidRequest(f"{param} has {len(value)} entries, and at most {limit} are allowed", param=param)
+                raise InvalidRequest(f"{param} has {len(value)} entries, and may have at most {limit}", param=param)
             for number, one in enumerate(value if field.name == "messages" else ()):
                 if len(one.tool_calls) > limits.tool_calls:
-                    raise InvalidRequest(f"at most {limits.tool_calls} calls are allowed", param=f"messages[{number}].tool_calls")
+                    raise InvalidRequest(
+                        f"at most {counted(limits.tool_calls, 'call')} may be given", param=f"messages[{number}].tool_calls"
+                    )
         elif field.name in NESTED:
             check_counts(value, limits)
 

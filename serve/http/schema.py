@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from engine.counted import counted
 from serve.errors import InvalidRequest, NotSupported, truncate
 from serve.http.field_parsers import empty_if_none, join_text_parts, parse_logit_bias, parse_prompts, parse_stop
 from serve.http.formats import GUIDED, ToolBody, ToolCallBody, ToolChoice, requested_format
@@ -332,7 +333,7 @@ def _check_counts(kind: type[Body], fields: Mapping[str, Any], limits: Limits) -
     for name in fields.keys() & kind.model_fields.keys():
         limit, value = entries.get(names.get(name, name)), fields[name]
         if limit is not None and isinstance(value, list | dict) and len(value) > limit:
-            raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are allowed", param=name)
+            raise InvalidRequest(f"{name} has {len(value)} entries, and may have at most {limit}", param=name)
     if "messages" in kind.model_fields:
         _check_calls(fields.get("messages"), limits)
 
@@ -341,7 +342,7 @@ def _check_calls(messages: Any, limits: Limits) -> None:
     for at, message in enumerate(messages if isinstance(messages, list) else ()):
         calls = message.get("tool_calls") if isinstance(message, dict) else None
         if isinstance(calls, list) and len(calls) > limits.tool_calls:
-            raise InvalidRequest(f"at most {limits.tool_calls} calls are allowed", param=f"messages[{at}].tool_calls")
+            raise InvalidRequest(f"at most {counted(limits.tool_calls, 'call')} may be given", param=f"messages[{at}].tool_calls")
 
 
 def _first_problem(error: ValidationError) -> InvalidRequest:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from engine.counted import counted
 from serve.load.client import Answer
 from serve.terminal import Column, ColumnTable
 
@@ -117,7 +118,7 @@ def table_of(summary: Summary) -> ColumnTable:
 
 def lines_of(summary: Summary, objective: Objective) -> list[str]:
     lines = [
-        f"{summary.requests} requests in {summary.elapsed_s:.1f} s: "
+        f"{counted(summary.requests, 'request')} in {summary.elapsed_s:.1f} s: "
         f"{summary.done} done, {summary.cancelled} cancelled, {summary.failed} failed",
         f"{summary.output_tokens_per_s:,.1f} tokens/s out, {summary.requests_per_s:.2f} requests/s",
         f"goodput {summary.goodput_per_s:.2f} requests/s: {summary.good} kept {objective.ttft_s:g} s to the first token "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.counted import counted
 from parallel.layout_check import layout_problems
 from parallel.topology import InvalidTopology, Topology
 from serve.planning.hardware import Fleet
@@ -41,16 +42,17 @@ def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
 def _refuse_for_hosts(topology: Topology, fleet: Fleet) -> Refusal | None:
     if place_replica(topology, fleet) is not None:
         return None
+    gpus = counted(fleet.gpus_per_host, "GPU")
     if topology.tp > fleet.gpus_per_host:
         return Refusal(
             "host",
-            f"tp={topology.tp} does not fit on a host of {fleet.gpus_per_host} GPUs; use at most tp={fleet.gpus_per_host}, "
+            f"tp={topology.tp} does not fit on a host of {gpus}; use at most tp={fleet.gpus_per_host}, "
             "and pipeline stages (pp) across hosts",
         )
     return Refusal(
         "host",
-        f"{topology} cannot be placed evenly on hosts of {fleet.gpus_per_host} GPUs, by whole stages or by whole tp groups of a stage; "
-        f"use pp x dp x tp so that each of at most {fleet.hosts} hosts holds the same",
+        f"{topology} cannot be placed evenly on hosts of {gpus}, by whole stages or by whole tp groups of a stage; "
+        f"use pp x dp x tp so that each of at most {counted(fleet.hosts, 'host')} holds the same",
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from engine.counted import counted
 from serve.planning.memory import GIB
 from serve.planning.plan import ORDER, Layout, Plan, RefusedLayout
 from serve.planning.serving_limits import ServingLimit
@@ -32,10 +33,6 @@ def render(plan: Plan, *, everything: bool = False) -> None:
     say(_refusals(plan.refused, everything))
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what} is" if number == 1 else f"{number} {what}s are"
-
-
 def shortened(number: float) -> str:
     """At most three digits and a letter: 8.14M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -59,9 +56,9 @@ def _asked(plan: Plan) -> str:
     work = inputs.workload
     return (
         f"{inputs.shape.name} in {inputs.format.name} on {inputs.fleet}: "
-        f"{work.concurrency} sequences of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
+        f"{counted(work.concurrency, 'sequence')} of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
         f"{', KV in fp8' if work.kv_element_bytes == 1 else ''}"
-        f"{f', {inputs.redundant_experts} experts more on each ep position' if inputs.redundant_experts else ''}"
+        f"{', ' + counted(inputs.redundant_experts, 'expert') + ' more on each ep position' if inputs.redundant_experts else ''}"
         f"{f', {inputs.draft.name} as its draft model' if inputs.draft else ''}"
     )
 
@@ -96,7 +93,10 @@ def _cells(layout: Layout, with_floors: bool) -> list[str]:
 
 
 def _notes(plan: Plan, shown: Iterable[Layout]) -> list[str]:
-    lines = ["", f"{counted(len(plan.layouts), 'layout')} valid{'; --all lists each' if len(plan.layouts) > 1 else ''}. {ORDER}"]
+    lines = [
+        "",
+        f"{counted(len(plan.layouts), 'layout is', 'layouts are')} valid{'; --all lists each' if len(plan.layouts) > 1 else ''}. {ORDER}",
+    ]
     if plan.has_floors:
         lines.append(
             "Speeds are theoretical limits: every byte read once, every product computed once, experts used evenly, "
@@ -122,7 +122,7 @@ def _refusals(refused: tuple[RefusedLayout, ...], everything: bool) -> Iterable[
     if not refused:
         return
     yield ""
-    yield f"{counted(len(refused), 'layout')} invalid{'' if everything else ', for example (--all lists each)'}:"
+    yield f"{counted(len(refused), 'layout is', 'layouts are')} invalid{'' if everything else ', for example (--all lists each)'}:"
     if everything:
         yield from (f"  {written(one.sizes)}: {one.refusal.sentence}" for one in refused)
         return

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from engine.counted import counted
 from serve.errors import InvalidRequest
 from serve.limits import Limits
 from serve.request import ChatRequest, Message
@@ -19,7 +20,7 @@ def check_tools(request: ChatRequest, limits: Limits) -> None:
         InvalidRequest: a tool is invalid, or tool_choice does not fit the tools.
     """
     if len(request.tools) > limits.tools:
-        raise InvalidRequest(f"tools has {len(request.tools)} entries, and at most {limits.tools} are allowed", param="tools")
+        raise InvalidRequest(f"tools has {len(request.tools)} entries, and may have at most {limits.tools}", param="tools")
     names = [tool.name for tool in request.tools]
     for at, tool in enumerate(request.tools):
         param = f"tools[{at}].function"
@@ -89,7 +90,7 @@ def _calls_of(message: Message, param: str, limits: Limits) -> set[str]:
     if message.role != "assistant":
         raise InvalidRequest(f"{param} belongs to messages of role assistant", param=param)
     if len(message.tool_calls) > limits.tool_calls:
-        raise InvalidRequest(f"{param}: at most {limits.tool_calls} calls are allowed", param=param)
+        raise InvalidRequest(f"{param}: at most {counted(limits.tool_calls, 'call')} may be given", param=param)
     ids: set[str] = set()
     for at, call in enumerate(message.tool_calls):
         place = f"{param}[{at}]"

@@ -258,7 +258,7 @@ def manta_batch(tmp_path: Path, url: str, bad: int, *more: str) -> Result:
 def test_the_command_leaves_with_0_where_every_request_is_answered(tmp_path: Path, url: str) -> None:
     done = manta_batch(tmp_path, url, 0)
     assert done.exit_code == 0
-    assert done.output.splitlines()[-1] == f"12 of 12 requests are answered in {tmp_path}/out.jsonl"
+    assert done.output.splitlines()[-1] == f"12 of 12 requests answered in {tmp_path}/out.jsonl"
 
 
 def test_the_command_leaves_with_3_where_some_failed_and_says_last_which_and_why(tmp_path: Path, url: str) -> None:
