@@ -82,7 +82,8 @@ def _end_requests(
     if num_open and not hurry.is_set():
         logger.warning("%s", still_running(num_open, grace_s, outlives_process=outlives_process, in_job=JOB_VARIABLE in os.environ))
     response = fronts.broadcast("end_requests", grace_s)
-    calls = response._fetch_replica_results_sync(CALL_S)  # sent now, and can be cancelled
+    # Sent now, and can be cancelled. Ray has no public way to either: cancelling what waits for the results does not cancel the calls.
+    calls = response._fetch_replica_results_sync(CALL_S)
     told.set()
     ended = threading.Event()
 

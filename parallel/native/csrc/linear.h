@@ -107,18 +107,27 @@ public:
     }
 };
 
-// Copies selected rows to `room`, `padded` numbers each, so that they are at equal distances again. Kinds that do not need it keep their rows.
-template <class Row> static inline void gather_rows(std::vector<Row>& rows, long padded, std::unique_ptr<AlignedBuffer<char>>& room, int threads) {
-    if constexpr (Row::STRIDED) {
-        const long bytes = padded * sizeof(*rows[0].x), count = rows.size();
-        room = std::make_unique<AlignedBuffer<char>>(count * bytes);
-        parallel_for(count, count * padded > SERIAL_NUMBERS ? threads : 1, [&](long r) {
-            char* to = &(*room)[r * bytes];
-            memcpy(to, rows[r].x, bytes);
-            rows[r].x = (decltype(rows[r].x))to;
-        });
+// Rows that were selected from others. Kinds that need rows at equal distances get copies of them, `padded` numbers each.
+template <class Row> class SelectedRows {
+    std::unique_ptr<AlignedBuffer<char>> copies;
+
+public:
+    std::vector<Row> rows;
+
+    explicit SelectedRows(std::vector<Row> at_equal_distances) : rows(std::move(at_equal_distances)) {}
+    SelectedRows(std::vector<Row> anywhere, long padded, int threads) : rows(std::move(anywhere)) {
+        if constexpr (Row::STRIDED) {
+            const long count = rows.size(), bytes = padded * sizeof(*rows[0].x);
+            if (count <= 1) return;
+            copies = std::make_unique<AlignedBuffer<char>>(count * bytes);
+            parallel_for(count, count * padded > SERIAL_NUMBERS ? threads : 1, [&](long r) {
+                char* to = &(*copies)[r * bytes];
+                memcpy(to, rows[r].x, bytes);
+                rows[r].x = (decltype(rows[r].x))to;
+            });
+        }
     }
-}
+};
 
 struct FloatRow {
     static constexpr bool STRIDED = false;

@@ -70,13 +70,14 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     long total = 0;
     for (long e = 0; e < num_experts; ++e) total += counts[e];
     const Rows<W> all_rows = rows_of<W>(x, num_rows, D, outer, group, threads);
-    std::vector<typename W::Row> chosen(all_rows.rows);
-    std::unique_ptr<AlignedBuffer<char>> room;
+    std::vector<typename W::Row> of_assignments(all_rows.rows);
     if (rows_of_x) {
-        chosen.resize(total);
-        for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of_x[a]];
-        gather_rows(chosen, outer, room, threads);
+        of_assignments.resize(total);
+        for (long a = 0; a < total; ++a) of_assignments[a] = all_rows.rows[rows_of_x[a]];
     }
+    using Selected = SelectedRows<typename W::Row>;
+    const Selected selected = rows_of_x ? Selected(std::move(of_assignments), outer, threads) : Selected(std::move(of_assignments));
+    const typename W::Row* const chosen = selected.rows.data();
     // With many rows, silu(gate) * up is computed from sums that are still in a near cache. With few, long runs of weights are read faster.
     const bool few = total <= MAX_TILE_ROWS * num_experts;
     Rows<W> middle(total, I, inner, group);

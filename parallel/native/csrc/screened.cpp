@@ -236,11 +236,10 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
     parallel_for_prefetching(num_panels, threads, [&](long i, long next) {
         const long panel = candidate_panels[i], count = rows_of_panel[panel].size();
         std::vector<Bf16Row> chosen;
-        std::unique_ptr<AlignedBuffer<char>> room;
         for (int32_t t : rows_of_panel[panel]) chosen.push_back(exact.rows[t]);
-        if (count > 1) gather_rows(chosen, padded, room, 1);
+        const SelectedRows<Bf16Row> selected(std::move(chosen), padded, 1);
         AlignedBuffer<float> sums(count * PANEL);
-        multiply_panels(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_panels ? candidate_panels[next] - panel : 0);
+        multiply_panels(w, selected.rows.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_panels ? candidate_panels[next] - panel : 0);
         for (long r = 0; r < count; ++r)
             memcpy(y + rows_of_panel[panel][r] * N + panel * PANEL, &sums[r * PANEL], sizeof(float) * std::min(long(PANEL), N - panel * PANEL));
     });

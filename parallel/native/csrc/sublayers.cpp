@@ -200,25 +200,35 @@ long manta_weighted_experts(const Experts* all, const float* x, const int64_t* i
     return weighted_experts(*all, x, ids, weights, out, N, A, threads, [](long, float*) {});
 }
 
-// The top A of E experts by their logits, and their probabilities by a softmax over all experts; the first among equals.
-static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights, std::vector<float>& probabilities,
-                   std::vector<char>& taken) {
-    probabilities.assign(logits, logits + E);
-    const float most = *std::max_element(probabilities.begin(), probabilities.end());
-    float total = 0, chosen = 0;
-    for (float& each : probabilities) total += each = std::exp(each - most);
-    taken.assign(E, false);
-    for (long a = 0; a < A; ++a) {
-        long best = -1;
-        for (long e = 0; e < E; ++e)
-            if (!taken[e] && (best < 0 || probabilities[e] > probabilities[best])) best = e;
-        taken[best] = true;
-        ids[a] = best;
-        chosen += weights[a] = probabilities[best] / total;
+// Chooses the top A of E experts by their logits, with their probabilities by a softmax over all experts; the first among equals.
+class ExpertChoice {
+    const long E, A;
+    const bool renormalise;
+    std::vector<float> probabilities;  // of the last token, as `taken`
+    std::vector<char> taken;
+
+public:
+    ExpertChoice(long E, long A, bool renormalise) : E(E), A(A), renormalise(renormalise) {}
+
+    // For one token: E logits, A ids, A weights.
+    void choose(const float* logits, int64_t* ids, float* weights) {
+        probabilities.assign(logits, logits + E);
+        const float most = *std::max_element(probabilities.begin(), probabilities.end());
+        float total = 0, chosen = 0;
+        for (float& each : probabilities) total += each = std::exp(each - most);
+        taken.assign(E, false);
+        for (long a = 0; a < A; ++a) {
+            long best = -1;
+            for (long e = 0; e < E; ++e)
+                if (!taken[e] && (best < 0 || probabilities[e] > probabilities[best])) best = e;
+            taken[best] = true;
+            ids[a] = best;
+            chosen += weights[a] = probabilities[best] / total;
+        }
+        if (renormalise)
+            for (long a = 0; a < A; ++a) weights[a] /= chosen;
     }
-    if (renormalise)
-        for (long a = 0; a < A; ++a) weights[a] /= chosen;
-}
+};
 
 // x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns as
 // manta_weighted_experts does; with a missing expert `out` is not written.
@@ -231,10 +241,9 @@ long manta_moe_sublayer(const MoeSublayer* sublayer, float* x, const float* delt
     router.multiply(&normed[0], &logits[0], T, threads);
     constexpr long ROWS_AT_ONCE = 32;
     parallel_for((T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, T * E > SERIAL_NUMBERS / 8 ? threads : 1, [&](long part) {
-        std::vector<float> probabilities;
-        std::vector<char> taken;
+        ExpertChoice experts_of_token(E, A, renormalise);
         for (long t = part * ROWS_AT_ONCE; t < std::min(T, (part + 1) * ROWS_AT_ONCE); ++t)
-            choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A], probabilities, taken);
+            experts_of_token.choose(&logits[t * E], &ids[t * A], &weights[t * A]);
     });
     shared_gate.multiply(&normed[0], &gates[0], T, threads);
     shared.run(&normed[0], &shared_out[0], T, threads);
