@@ -1,7 +1,7 @@
 """Requests held at a front until a replica is ready, and the front's demand as reported to the autoscaler."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,15 +24,12 @@ class AdmissionQueue:
         without replicas still accepts requests."""
         self.wait_s, self.can_scale_from_zero = wait_s, can_scale_from_zero
         self._max_held, self._clock = max_held, clock
-        self._held: Counter[tuple[str, int]] = Counter()
+        self.num_held = 0
+        """Requests that are held now."""
         self._held_tokens = 0
         self._ttft_samples: deque[tuple[float, float]] = deque(maxlen=MAX_TTFT_SAMPLES)
         self._last_wait_s = 1.0
         self._num_requests = 0
-
-    @property
-    def num_held(self) -> int:
-        return self._held.total()
 
     @contextmanager
     def hold(self, request: Request) -> Iterator[None]:
@@ -44,12 +41,12 @@ class AdmissionQueue:
         if self.num_held >= self._max_held:
             raise NoReplicaReady(waited_s=0.0, retry_after_s=max(1.0, round(self._last_wait_s)))
         started, tokens = self._clock(), len(request.prompt) + len(request.committed)
-        self._held[request.key] += 1
+        self.num_held += 1
         self._held_tokens += tokens
         try:
             yield
         finally:
-            self._held -= Counter({request.key: 1})
+            self.num_held -= 1
             self._held_tokens -= tokens
             self._last_wait_s = self._clock() - started
 

@@ -29,6 +29,7 @@ from engine.executor import Executor
 from engine.failpoints import hit
 from engine.fair_share import FairShare
 from engine.output import EngineOutput
+from engine.request import Request
 from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -65,14 +66,14 @@ class Replica:
         self.health = Health()
         self._stall_detector = StepStallDetector(self._config.progress_timeout_s)
         self.recovery = Recovery(self._start_executor, self._config, sleep=self._closed.wait)
-        self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
+        self._canary = Canary(self.health, self._submit)
         self._folder = PrivateFolder()
         self._journal = BlockJournal()
         self._intake = Intake(
             folder=self._folder,
             node=ray.get_runtime_context().get_node_id(),
             tcp_host=ray.util.get_node_ip_address() if self._config.other_hosts else None,
-            submit=lambda request: self._engine.submit(request) if self._engine else None,
+            submit=self._submit,
             cancel=lambda request_id, choice: self._engine.cancel(request_id, choice) if self._engine else None,
             pong=self._pong,
             failed=self.health.mark_failed,
@@ -155,6 +156,17 @@ class Replica:
             num_restarts=self.recovery.num_restarts,
             last_loss=str(losses[-1]) if losses else None,
         )
+
+    def _submit(self, request: Request) -> None:
+        """Submit a request to the engine. Without an engine it raises, so that a canary is not taken for pending.
+
+        Raises:
+            EngineStopped: the engine accepts nothing, or not yet.
+            QueueFull: see `Engine.submit`.
+        """
+        if self._engine is None:
+            raise EngineStopped("the engine has not started yet")
+        self._engine.submit(request)
 
     # --- the ranks
 

@@ -248,6 +248,8 @@ class Engine:
         return output
 
     def _is_idle(self) -> bool:
+        if self._fatal_error is not None:  # there is an end to report, whether anybody waits for a token or not
+            return False
         is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._expert_balancer.has_requests
         return not is_busy and self._inbox.is_empty()
 

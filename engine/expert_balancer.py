@@ -59,9 +59,13 @@ class ExpertBalancer:
                 "%s moved: imbalance %.2f -> %.2f", counted(result.num_moved, "expert"), result.imbalance_before, result.imbalance_after
             )
         if self._requested and self._requested[0].rebalance is rebalance:
-            self._requested.popleft().result.set_result(result)
+            waiting = self._requested.popleft().result
+            if waiting.set_running_or_notify_cancel():  # False: whoever asked for it has cancelled it
+                waiting.set_result(result)
 
     def fail_all(self, error: Exception) -> None:
         """Fail all requests: the workers are lost, or the engine ends."""
         while self._requested:
-            self._requested.popleft().result.set_exception(error)
+            waiting = self._requested.popleft().result
+            if waiting.set_running_or_notify_cancel():
+                waiting.set_exception(error)

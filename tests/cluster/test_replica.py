@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.directory import ReplicaRecord, current_records
 from cluster.replica import Replica
 from cluster.worker import ModelRankLauncher
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
@@ -121,6 +123,27 @@ async def test_a_rank_killed_while_nothing_runs_is_restored_before_anybody_asks(
         await eventually(lambda: replica.health.ready)
         async with front("idle") as router:
             assert len(await answer(router, GREEDY)) == 200
+
+
+def test_a_rank_killed_before_there_is_an_engine_is_restored(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is announced while nobody can be asked for a token yet."""
+    replica, kills = new_replica(checkpoint, id="early-1", app="early"), []
+
+    def late_engine(executor: Any, *given: Any, **named: Any) -> Engine:
+        kills.append(executor.locations[0].pid)
+        kill(kills[0])
+        while not replica.health.generation:
+            time.sleep(0.01)
+        time.sleep(0.2)  # what follows in the watcher's thread
+        return Engine(executor, *given, **named)
+
+    monkeypatch.setattr("cluster.replica.Engine", late_engine)
+    try:
+        replica.start()
+        assert replica.health.ready
+        assert replica.record().num_restarts == len(kills) == 1
+    finally:
+        replica.close(drain=False)
 
 
 async def test_a_rank_frozen_while_nothing_runs_makes_the_replica_not_ready(checkpoint: Path) -> None:

@@ -1,5 +1,7 @@
 """Experts are moved between two steps, when that is due or requested, and no answer changes."""
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -114,6 +116,40 @@ def test_stopping_fails_pending_rebalances() -> None:
     assert isinstance(answer.exception(0), EngineStopped)
     with pytest.raises(EngineStopped):
         engine.rebalance_experts()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rebalance_that_nobody_waits_for_any_more_is_no_error(fails: bool) -> None:
+    executor = BalancingExecutor()
+    engine = Engine(executor, EngineConfig(block_tokens=4), recover=lambda _loss: BalancingExecutor())
+    if fails:
+        executor.lose_at_step = {0}
+    answers = [engine.rebalance_experts(), engine.rebalance_experts()]
+    answers[0].cancel()
+    while not answers[1].done():
+        engine.turn()
+    assert answers[0].cancelled()
+    assert isinstance(answers[1].exception(0), WorkersLost) if fails else answers[1].result(0) == FOUND
+
+
+def test_an_engine_that_loses_its_last_workers_without_a_request_ends() -> None:
+    executor = BalancingExecutor()
+    executor.lose_at_step = {0}
+    engine, ended = Engine(executor, EngineConfig(block_tokens=4)), []
+
+    def run() -> None:
+        try:
+            engine.run_forever(lambda _events: None)
+        except WorkersLost as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    time.sleep(0.2)  # until it sleeps
+    assert isinstance(engine.rebalance_experts().exception(10), WorkersLost)
+    thread.join(10)
+    engine.stop()  # a thread that still waits
+    assert ended
 
 
 @pytest.mark.parametrize("changes", [{"rebalance_every_steps": 0}, {"rebalance_threshold": 0.9}, {"rebalance_threshold": float("nan")}])
