@@ -42,6 +42,14 @@ REQUESTS = (
         "stopped), and stopped (ended by a server that is stopped).",
     ),
     Panel(
+        title="Invalid requests",
+        unit="reqps",
+        queries=(
+            ('sum by (api, code) (rate(manta_invalid_requests_total{namespace=~"$namespace"}[$__rate_interval]))', "{{api}} {{code}}"),
+        ),
+        says="Refused for what they are, by API and error code: clients that send rubbish, a wrong key or an unknown model. Of all models.",
+    ),
+    Panel(
         title="In progress and waiting",
         unit="short",
         queries=(

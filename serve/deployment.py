@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -172,7 +173,7 @@ class _Front:
         self._authenticator = NoAuthentication() if config.auth.keys_file is None else KeyAuthenticator(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._peer_metrics.num_peers + 1)
         names = [model.name for model in models]
-        request_metrics = RequestMetrics(instruments, names)
+        self._request_metrics = request_metrics = RequestMetrics(instruments, names)
         observers: list[Observer] = [request_metrics, self._quotas]
         self._tracing: Tracing | None = None
         if config.tracing.otlp_endpoint is not None:
@@ -186,7 +187,9 @@ class _Front:
         self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
-        self._grpc = MantaServicer(self._gate, authenticator=self._authenticator)
+        self._grpc = MantaServicer(
+            self._gate, authenticator=self._authenticator, on_error=functools.partial(request_metrics.answered_with, "grpc")
+        )
         self._admin = AdminServicer(
             self._gate,
             self._routers,
@@ -252,6 +255,7 @@ class _Front:
             behind_ray=True,
             disconnect_errors=DISCONNECT_ERRORS,
             bypass=self._bypass,
+            on_error=lambda error: self._request_metrics.answered_with("http", error),
         )
 
     async def __del__(self) -> None:

@@ -204,6 +204,8 @@ def _unavailable(message: str | None = None, *, code: str = "unavailable") -> Er
 
 
 LOST = "the replica that computed the answer was lost; try again"
+INVALID_STATUSES = frozenset({400, 401, 403, 404, 405, 413, 415, 431})
+"""HTTP statuses of requests that cannot be answered as they are."""
 INTERNAL = ErrorMapping(http=500, grpc="INTERNAL", code="internal_error")
 
 ERROR_MAPPINGS: dict[type[BaseException], ErrorMapping] = {
@@ -286,6 +288,16 @@ def describe(error: BaseException) -> ErrorBody:
 def code_of(error: BaseException) -> str:
     """The code in `describe`, without logging anything."""
     return next((ERROR_MAPPINGS[kind].code for kind in type(error).__mro__ if kind in ERROR_MAPPINGS), INTERNAL.code)
+
+
+def invalid_code(error: BaseException) -> str | None:
+    """The code in `describe` if the request itself is to blame, so that sending it again would not help; None otherwise.
+
+    A request that was ended (`TakenOver`, `RequestAborted`, `SlowReader`) or exists already was valid, though its errors have the type
+    ``invalid_request_error``, as OpenAI's do.
+    """
+    mapping = next((ERROR_MAPPINGS[kind] for kind in type(error).__mro__ if kind in ERROR_MAPPINGS), INTERNAL)
+    return mapping.code if mapping.http in INVALID_STATUSES else None
 
 
 def _log_internal(error: BaseException) -> str:

@@ -89,6 +89,15 @@ FAILURES = _front(
     "requests that were still running when a server that is being stopped ended them (their clients receive `draining`).",
     "code",
 )
+INVALID_REQUESTS = Metric(
+    name="manta_invalid_requests",
+    kind=Kind.COUNTER,
+    description="Requests refused for what they are, by API (`http`, `grpc`) and the error code that the client received: not JSON or not "
+    "protobuf, wrong types or values, too large, an unknown model or path, a missing key. Those of them that could be read, and so name a "
+    "model, are in `manta_request_failures_total` too; the rest are only here. What Ray Serve's proxy refuses itself (broken HTTP, an "
+    "unknown gRPC method) is not counted.",
+    labels=("front", "api", "code"),
+)
 PROMPT_TOKENS = _front("manta_prompt_tokens", "Prompt tokens; each prompt is counted once.", alias="vllm:prompt_tokens")
 GENERATION_TOKENS = _front("manta_generation_tokens", "Generated tokens sent to clients.", alias="vllm:generation_tokens")
 CACHED_TOKENS = _front(

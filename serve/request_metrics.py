@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Collection
+from typing import Literal
 
 from serve import metric_names as names
+from serve.errors import invalid_code
 from serve.metrics import Instruments
 from serve.request import AnyRequest, TextEvent, Usage
 from serve.request_observer import failure_code
@@ -21,6 +23,11 @@ class RequestMetrics:
     def refused(self, request: AnyRequest, error: BaseException) -> None:
         """Count a request that is refused before it begins."""
         self._instruments.count(names.FAILURES, model_name=self._label_of(request), code=failure_code(error))
+
+    def answered_with(self, api: Literal["http", "grpc"], error: BaseException) -> None:
+        """Count a request that was answered with this error, if the request itself is to blame."""
+        if (code := invalid_code(error)) is not None:
+            self._instruments.count(names.INVALID_REQUESTS, api=api, code=code)
 
     def _label_of(self, request: AnyRequest) -> str:
         return request.model if request.model in self._models else ""

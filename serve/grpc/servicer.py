@@ -37,8 +37,17 @@ StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, servi
 class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     """`manta.v1.MantaService`."""
 
-    def __init__(self, service: ServiceApi, *, authenticator: Authenticator | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        service: ServiceApi,
+        *,
+        authenticator: Authenticator | None = None,
+        clock: Callable[[], float] = time.time,
+        on_error: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """``on_error``: told of each error that a call is answered with."""
         self._service, self._authenticator, self._clock = service, authenticator or NoAuthentication(), clock
+        self._on_error = on_error
 
     async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:
         request_id = _new_request_id("chatcmpl")
@@ -50,7 +59,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             set_timing_trailers(context, result.timing, result.held_s)
             return chat_response(result, model=chat.model, created=int(self._clock()))
 
-        return await answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
+        return await self._answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
 
     async def ChatStream(
         self, request: service_pb2.ChatStreamRequest, context: CallContext
@@ -61,7 +70,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             chat, so_far = self._chat_request(request.request, request_id, context), self._so_far(request)
             return self._service.chat(dataclasses.replace(chat, so_far=so_far)), so_far
 
-        stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)
+        stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id, self._on_error)
         async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
@@ -76,7 +85,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             set_timing_trailers(context, result.timing, result.held_s)
             return generate_response(result, model=completion.model, created=int(self._clock()))
 
-        return await answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
+        return await self._answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
 
     async def GenerateStream(
         self, request: service_pb2.GenerateStreamRequest, context: CallContext
@@ -87,7 +96,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             completion, so_far = self._completion_request(request.request, request_id, context), self._so_far(request)
             return self._service.complete(dataclasses.replace(completion, so_far=so_far)), so_far
 
-        stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)
+        stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id, self._on_error)
         async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
@@ -102,21 +111,21 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             set_timing_trailers(context, result.timing, result.held_s)
             return embed_response(result, model=embedding.model, created=int(self._clock()))
 
-        return await answer_or_refuse(answer, service_pb2.EmbedResponse, context, request_id)
+        return await self._answer_or_refuse(answer, service_pb2.EmbedResponse, context, request_id)
 
     async def ListModels(self, request: service_pb2.ListModelsRequest, context: CallContext) -> service_pb2.ListModelsResponse:
         async def answer() -> service_pb2.ListModelsResponse:
             caller_of(context, self._authenticator, Scope.INFER)
             return service_pb2.ListModelsResponse(models=[model_message(facts) for facts in self._service.models()])
 
-        return await answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
+        return await self._answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
 
     async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:
         async def answer() -> service_pb2.GetModelResponse:
             caller_of(context, self._authenticator, Scope.INFER)
             return service_pb2.GetModelResponse(model=model_message(self._service.model(request.model)))
 
-        return await answer_or_refuse(answer, service_pb2.GetModelResponse, context)
+        return await self._answer_or_refuse(answer, service_pb2.GetModelResponse, context)
 
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: CallContext) -> service_pb2.TokenizeResponse:
         async def answer() -> service_pb2.TokenizeResponse:
@@ -127,7 +136,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             facts = self._service.model(request.model)
             return service_pb2.TokenizeResponse(token_ids=ids, tokens=texts, max_model_len=facts.max_context_tokens)
 
-        return await answer_or_refuse(answer, service_pb2.TokenizeResponse, context)
+        return await self._answer_or_refuse(answer, service_pb2.TokenizeResponse, context)
 
     async def Detokenize(self, request: service_pb2.DetokenizeRequest, context: CallContext) -> service_pb2.DetokenizeResponse:
         async def answer() -> service_pb2.DetokenizeResponse:
@@ -135,7 +144,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             self._check_size(request)
             return service_pb2.DetokenizeResponse(text=await self._service.detokenize(request.model, tuple(request.token_ids)))
 
-        return await answer_or_refuse(answer, service_pb2.DetokenizeResponse, context)
+        return await self._answer_or_refuse(answer, service_pb2.DetokenizeResponse, context)
+
+    async def _answer_or_refuse(
+        self, answer: Callable[[], Awaitable[Response]], response: type[Response], context: CallContext, request_id: str = ""
+    ) -> Response:
+        return await answer_or_refuse(answer, response, context, request_id, self._on_error)
 
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
@@ -200,12 +214,17 @@ def _new_request_id(prefix: str) -> str:
 
 
 async def answer_or_refuse(
-    answer: Callable[[], Awaitable[Response]], response: type[Response], context: CallContext, request_id: str = ""
+    answer: Callable[[], Awaitable[Response]],
+    response: type[Response],
+    context: CallContext,
+    request_id: str = "",
+    on_error: Callable[[BaseException], None] = lambda error: None,
 ) -> Response:
     """The result of ``answer``. If it fails, an empty response, with the error in ``context``."""
     try:
         return await answer()
     except Exception as error:
+        on_error(error)
         refuse(context, error, request_id)
         return response()
 
@@ -215,6 +234,7 @@ async def _stream_or_refuse(
     response: type[StreamResponse],
     context: CallContext,
     request_id: str,
+    on_error: Callable[[BaseException], None],
 ) -> AsyncGenerator[StreamResponse, None]:
     is_first, held_s = True, 0.0
     try:
@@ -230,4 +250,5 @@ async def _stream_or_refuse(
                         trace_place(14, request_id)
                     yield response(id=request_id, **fields)  # type: ignore[arg-type]
     except Exception as error:
+        on_error(error)
         yield response(id=request_id, error=refuse(context, error, request_id))

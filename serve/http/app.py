@@ -45,6 +45,7 @@ def create_app(
     behind_ray: bool = False,
     disconnect_errors: tuple[type[Exception], ...] = (),
     bypass: FrontEndpoint | None = None,
+    on_error: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
     """Make the app.
 
@@ -58,6 +59,7 @@ def create_app(
         behind_ray: Ray Serve's proxy is in front, gives every request its id and sends it to the client.
         disconnect_errors: what ASGI's ``receive`` raises, instead of returning a disconnect, when the client is gone.
         bypass: sends chunks of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
+        on_error: told of each error that a request is answered with before its response has started.
     """
     api = HttpApi(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -66,9 +68,17 @@ def create_app(
         app.include_router(routes(api))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))
-    app.add_exception_handler(HTTPException, _no_such_route)
+
+    async def no_such_route(request: Request, error: Exception) -> Response:
+        """Only routing raises this. Its Allow header is kept."""
+        assert isinstance(error, HTTPException)
+        refusal = _no_such_route(request, error)
+        on_error(refusal)
+        return error_response(refusal, headers=dict(error.headers or {}))
+
+    app.add_exception_handler(HTTPException, no_such_route)
     app.add_middleware(AuthMiddleware, authenticator=authenticator, quota_headers=quota_headers)
-    app.add_middleware(RequestBoundary, limits=api.limits, behind_ray=behind_ray, disconnect_errors=disconnect_errors)
+    app.add_middleware(RequestBoundary, limits=api.limits, behind_ray=behind_ray, disconnect_errors=disconnect_errors, on_error=on_error)
     if allowed_origins:  # outermost: preflight requests have no key, and scripts may read error responses
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     if bypass is not None:
@@ -77,13 +87,9 @@ def create_app(
     return app
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    """Only routing raises this. Its Allow header is kept."""
-    assert isinstance(error, HTTPException)
+def _no_such_route(request: Request, error: HTTPException) -> ServeError:
     method, path = truncate(request.method, 16), truncate(request.scope["path"], 64)
     if error.status_code == 405:
         allowed = Headers(error.headers).get("allow", "other methods")
-        refusal: ServeError = MethodNotAllowed(f"{path} does not take {method}, but {allowed}")
-    else:
-        refusal = RouteNotFound(f"there is no path {path!r} here; OpenAI's API is below /v1 once, and /openapi.json has every path")
-    return error_response(refusal, headers=dict(error.headers or {}))
+        return MethodNotAllowed(f"{path} does not take {method}, but {allowed}")
+    return RouteNotFound(f"there is no path {path!r} here; OpenAI's API is below /v1 once, and /openapi.json has every path")

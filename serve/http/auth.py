@@ -10,7 +10,6 @@ from serve.caller import ANONYMOUS, Caller
 from serve.caller import Scope as KeyScope
 from serve.errors import NotAuthenticated
 from serve.http.boundary import ERROR_HEADERS
-from serve.http.errors import error_response
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 """For probes, which have no keys. All other paths need one, including those that do not exist."""
@@ -36,8 +35,9 @@ class AuthMiddleware:
         credentials = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"authorization"]
         try:
             caller = self._authenticator().authenticate(credentials, required_scope(scope["path"]))
-        except NotAuthenticated as refusal:
-            return await error_response(refusal, headers={"www-authenticate": "Bearer"})(scope, receive, send)
+        except NotAuthenticated:
+            scope[ERROR_HEADERS] = {"www-authenticate": "Bearer"}
+            raise
 
         async def send_with_quota(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,8 +23,17 @@ class RequestBoundary:
     """ASGI middleware. Before the response has started, it turns every exception into an error response. After that it lets exceptions
     pass, which cuts the connection, so that a broken response never looks complete."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, behind_ray: bool, disconnect_errors: tuple[type[Exception], ...]) -> None:
-        self._app, self._limits, self._disconnect_errors = app, limits, disconnect_errors
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        behind_ray: bool,
+        disconnect_errors: tuple[type[Exception], ...],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        """``on_error``: told of each exception that becomes a response."""
+        self._app, self._limits, self._disconnect_errors, self._on_error = app, limits, disconnect_errors, on_error
         self._sends_id = not behind_ray  # Ray Serve's proxy adds the same header itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +58,7 @@ class RequestBoundary:
         except Exception as error:
             if started:
                 raise
+            self._on_error(error)
             await error_response(error, headers=scope.get(ERROR_HEADERS))(scope, receive, send_with_id)
 
     def _check_size(self, scope: Scope) -> None:

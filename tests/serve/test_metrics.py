@@ -2,20 +2,34 @@
 
 import asyncio
 from pathlib import Path
+from typing import Literal
 
+import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.channel import Address
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
+from cluster.errors import SlowReader
 from cluster.health import State
 from cluster.resume import ResumePolicy
+from engine.errors import DuplicateRequest, EmptyPrompt, QueueFull
 from engine.executor import Capacity
 from engine.plan import PhaseTimes
 from engine.stats import EngineStats
 from serve import metric_names as names
-from serve.errors import Draining, InvalidRequest, ServerStopped
+from serve.errors import (
+    Draining,
+    InvalidRequest,
+    ModelNotFound,
+    NotAuthenticated,
+    RequestTooLarge,
+    RouteNotFound,
+    ServerStopped,
+    TakenOver,
+    UnsupportedMediaType,
+)
 from serve.metric_names import METRICS, page
 from serve.metrics import Instruments, render, replica_snapshot
 from serve.metrics_page import MetricsPage
@@ -216,3 +230,41 @@ async def test_a_front_is_not_ready_while_it_drains_or_has_no_replicas_and_only_
     assert await said() == (0, 1)
     front.draining, front.has_replicas = False, False
     assert await said() == (0, 0)
+
+
+INVALID = {
+    UnsupportedMediaType("no"): "unsupported_media_type",
+    InvalidRequest("no"): "invalid_value",
+    ModelNotFound("x"): "model_not_found",
+    RouteNotFound("no"): "not_found",
+    NotAuthenticated(): "invalid_api_key",
+    RequestTooLarge(limit_bytes=1): "request_too_large",
+    EmptyPrompt(): "empty_prompt",
+}
+
+
+@pytest.mark.parametrize("api", ["http", "grpc"])
+def test_a_request_that_is_itself_to_blame_is_counted_by_api_and_code(api: Literal["http", "grpc"]) -> None:
+    instruments = Instruments("f1")
+    measuring = RequestMetrics(instruments, ["m"])
+    for error in INVALID:
+        measuring.answered_with(api, error)
+    said = values(render([instruments.snapshot()])[0])
+    counted = {key[1:]: value for key, value in said.items() if key[0] == "manta_invalid_requests_total"}
+    assert counted == {(api, code, "f1"): 1 for code in INVALID.values()}
+
+
+def test_what_is_no_fault_of_the_request_is_not_counted_as_invalid() -> None:
+    instruments = Instruments("f1")
+    measuring = RequestMetrics(instruments, ["m"])
+    for error in (
+        Draining(),
+        ServerStopped(),
+        TakenOver(),
+        DuplicateRequest("r"),
+        QueueFull(limit=1),
+        SlowReader(limit_tokens=1),
+        OSError(),
+    ):
+        measuring.answered_with("http", error)
+    assert not [key for key in values(render([instruments.snapshot()])[0]) if key[0] == "manta_invalid_requests_total"]

@@ -8,9 +8,11 @@ from grpc_status import rpc_status
 from ray.serve.grpc_util import RayServegRPCContext
 
 from engine.errors import PromptTooLong, QueueFull
-from serve.errors import ERROR_MAPPINGS, InvalidRequest
+from serve.errors import ERROR_MAPPINGS, InvalidRequest, code_of
+from serve.grpc.decode_errors import UndecodableMessage
 from serve.grpc.errors import DETAILS_KEY, refuse
 from serve.grpc.generated import service_pb2
+from serve.grpc.servicer import MantaServicer
 from serve.limits import Limits
 from tests.serve.grpc.conftest import ScriptedService
 from tests.serve.grpc.test_servicer import CHAT, STREAMS
@@ -138,3 +140,26 @@ def test_under_ray_serve_the_refusal_travels_on_the_context() -> None:
     assert arrived["set_code"] is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert trailers["request_id"] == "ray-1"
     assert DETAILS_KEY in trailers
+
+
+async def test_each_refusal_is_told_once() -> None:
+    """For `manta_invalid_requests`."""
+    told: list[str] = []
+    servicer = MantaServicer(ScriptedService(), on_error=lambda error: told.append(code_of(error)))  # type: ignore[arg-type]
+
+    class Context:
+        def invocation_metadata(self) -> list[tuple[str, str]]:
+            return [("idempotency-key", "a b")]
+
+        def set_code(self, code: grpc.StatusCode) -> None: ...
+
+        def set_details(self, details: str) -> None: ...
+
+        def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str | bytes]]) -> None: ...
+
+    chat = service_pb2.ChatRequest(model="none such")
+    await servicer.Chat(chat, Context())
+    assert [each async for each in servicer.ChatStream(service_pb2.ChatStreamRequest(request=chat), Context())]
+    await servicer.GetModel(service_pb2.GetModelRequest(model="none such"), Context())
+    await servicer.Chat(UndecodableMessage(), Context())  # type: ignore[arg-type]
+    assert told == ["invalid_value", "invalid_value", "model_not_found", "invalid_value"]

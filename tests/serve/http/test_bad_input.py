@@ -1,15 +1,19 @@
 """What is refused before the service hears of it, streaming or not, and how."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
+from serve.caller import ANONYMOUS, Caller
+from serve.caller import Scope as KeyScope
 from serve.deployment import DISCONNECT_ERRORS
+from serve.errors import NotAuthenticated, code_of
 from serve.http.app import create_app
 from serve.limits import Limits
-from tests.serve.http.conftest import ScriptedService
+from tests.serve.http.conftest import MODEL, ScriptedService
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -366,3 +370,39 @@ async def test_a_client_that_goes_while_its_request_is_read_is_no_error_of_ours(
     assert sent == []
     assert "the client left" in caplog.text
     assert "internal error" not in caplog.text
+
+
+async def test_each_refusal_is_told_once(service: ScriptedService) -> None:
+    """For `manta_invalid_requests`."""
+    told: list[str] = []
+
+    class Locked:
+        def authenticate(self, credentials: Sequence[str], scope: KeyScope | None) -> Caller:
+            if not credentials:
+                raise NotAuthenticated
+            return ANONYMOUS
+
+    app = create_app(lambda: service, authenticator=Locked, on_error=lambda error: told.append(code_of(error)))
+    chat = {"model": MODEL, "messages": [USER]}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://manta") as client:
+
+        async def code(method: str, path: str, *, key: bool = True, **sent: Any) -> str:
+            headers = {**JSON, **({"authorization": "Bearer k"} if key else {}), **sent.pop("headers", {})}
+            return str((await client.request(method, path, headers=headers, **sent)).json()["error"]["code"])
+
+        answered = [
+            await code("POST", CHAT, content=b"{not JSON"),
+            await code("POST", CHAT, json={**chat, "temperature": "hot"}),
+            await code("POST", CHAT, json={**chat, "model": "none such"}),
+            await code("POST", CHAT, json={**chat, "model": "none such", "stream": True}),
+            await code("POST", CHAT, content=b"x", headers={"content-type": "text/plain"}),
+            await code("POST", CHAT, json=chat, key=False),
+            await code("POST", "/v1/nowhere", json={}),
+            await code("GET", CHAT),
+        ]
+        assert (await client.post(CHAT, json=chat, headers={"authorization": "Bearer k"})).status_code == 200
+    assert told == answered
+    assert answered == [
+        *("invalid_value", "invalid_value", "model_not_found", "model_not_found", "unsupported_media_type"),
+        *("invalid_api_key", "not_found", "method_not_allowed"),
+    ]
