@@ -121,7 +121,8 @@ class Scheduler:
     def schedule(self, *, only_ahead: bool = False) -> StepPlan | None:
         """The plan of the next step, or None if nothing can run now. ``only_ahead``: see `engine.planner.Planner.plan`.
 
-        A suspect of a worker loss runs alone: it is planned once nothing else is in flight, and waits if there is no room for it.
+        A suspect of a worker loss runs alone: it is planned once nothing else is in flight, and waits if there is no room for it. Those
+        that are open run on meanwhile, but none that comes after it is opened: they might leave it no room for ever.
         """
         self._suspects = [sequence for sequence in self._suspects if sequence.isolation_tokens_left and not sequence.ended]
         suspect = next_suspect(self._suspects, self._policy)
@@ -132,7 +133,8 @@ class Scheduler:
         plan = self._planner.plan(lambda sequence: sequence is suspect)
         if plan is not None or suspect.in_flight:  # nothing else starts while it is in flight: a loss would be blamed on both
             return plan
-        return self._planner.plan(lambda sequence: not sequence.isolation_tokens_left)
+        sort_key, last = self._policy.sort_key, self._policy.sort_key(suspect)
+        return self._planner.plan(lambda one: not one.isolation_tokens_left and (one.number is not None or sort_key(one) < last))
 
     # --- record a step
 

@@ -114,6 +114,26 @@ def test_a_suspect_of_another_replica_that_loses_the_workers_alone_is_poisoned()
     assert engine.stats.num_losses == 1
 
 
+def test_a_suspect_that_finds_no_room_is_not_overtaken_by_those_that_come_after_it() -> None:
+    """It needs three blocks of four. The others need two each, and whenever one of them ends there is another."""
+    engine = Engine(FakeExecutor(num_blocks=4, block_tokens=4), EngineConfig(block_tokens=4, prefix_cache=False))
+    ended: list[str] = []
+
+    def small(number: int, max_tokens: int = 3) -> Request:
+        return Request(id=str(number), prompt=(number, *range(4)), sampling=SamplingParams(max_tokens=max_tokens))
+
+    engine.submit(small(0))
+    engine.submit(small(1, max_tokens=2))
+    engine.turn()
+    engine.submit(Request(id="suspect", prompt=tuple(range(9)), losses=1, sampling=SamplingParams(max_tokens=3)))
+    for number in range(2, 40):
+        engine.submit(small(number))
+    while len(ended) < 40:
+        ended += [event.request_id for event in engine.turn().events if event.finish_reason]
+    assert sorted(ended[:2]) == ["0", "1"]
+    assert ended.index("suspect") == 2
+
+
 def test_a_request_survives_two_losses_from_outside_even_if_alone_in_the_second() -> None:
     """A second fault within seconds of the first hits whichever suspect is running just then."""
     executors = [FakeExecutor() for _ in range(3)]
