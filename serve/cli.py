@@ -1,5 +1,6 @@
 """The `manta` command line. Each command is a file in `serve/commands/` and imports heavy modules only when it runs."""
 
+import atexit
 import errno
 import io
 import signal
@@ -88,6 +89,15 @@ ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 """A full disk, a file system that is read-only, missing permissions, no file descriptors: reported without a stack trace."""
 
 
+def forget_colorama() -> None:
+    """Keep colorama from resetting the terminal's colours when the process exits, by an escape that it writes to dumb terminals too.
+
+    Starting Ray initialises it. Nothing here leaves a colour behind: Rich ends each style where it ends.
+    """
+    if (colorama := sys.modules.get("colorama.initialise")) is not None:
+        atexit.unregister(colorama.reset_all)
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is under way is cleaned up, as at Ctrl-C
     for stream in (sys.stdout, sys.stderr):
@@ -99,3 +109,5 @@ def main() -> None:
         if error.errno not in ENVIRONMENT_ERRNOS:
             raise
         sys.exit(f"manta: {error}")
+    finally:
+        forget_colorama()

@@ -1,4 +1,9 @@
-"""Output for people: as wide as the terminal, and whole lines where it goes to a file or a pipe."""
+"""Output for people: as wide as the terminal, and whole lines where it goes to a file or a pipe.
+
+Escape sequences are written to terminals only, and to none that says it is dumb (``TERM=dumb``). ``NO_COLOR`` (https://no-color.org), if it
+is set and not empty, takes away colours and nothing else: its text is about colour alone, for terminals that could show it. Bold and the
+cursor movements of progress bars stay; who wants neither sets ``TERM=dumb``. Rich keeps to this.
+"""
 
 import os
 import sys

@@ -1,7 +1,12 @@
 """What people read fits their terminal, and loses nothing by it."""
 
+import contextlib
 import io
+import os
+import pty
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +172,57 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term: str, draws: boo
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("TERM", term)
     assert can_redraw() is draws
+
+
+ESCAPE = re.compile(rb"\x1b\[([0-9;?]*)([A-Za-z])")
+
+
+def written_to_a_terminal(program: str, **environment: str) -> bytes:
+    """What a program writes to stdout and stderr if both are a terminal."""
+    ours, theirs = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM")}
+    shown = b""
+    try:
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env={**kept, **environment})
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux: when the other end is closed
+            while more := os.read(ours, 65536):
+                shown += more
+        assert process.wait(60) == 0, shown.decode()
+    finally:
+        os.close(ours)
+    return shown
+
+
+STYLES = """
+import ray  # has colorama, and initialises it when it starts
+import colorama
+from rich.text import Text
+from serve.cli import forget_colorama
+from serve.commands.progress import progress_shown
+from serve.terminal import results
+colorama.init()
+results().print(Text("failed", style="bold red"))
+with progress_shown() as report:
+    report("loading", 0.5)
+forget_colorama()
+"""
+
+
+def test_a_dumb_terminal_gets_no_escape_at_all() -> None:
+    shown = written_to_a_terminal(STYLES, TERM="dumb")
+    assert b"failed" in shown
+    assert b"loading" in shown
+    assert b"\x1b" not in shown
+
+
+def test_without_colours_bold_stays_and_bars_are_drawn() -> None:
+    coloured, colourless = (ESCAPE.findall(written_to_a_terminal(STYLES, TERM="xterm", NO_COLOR=value)) for value in ("", "1"))
+    assert (b"1;31", b"m") in coloured
+    styles = {part for codes, end in colourless if end == b"m" for part in codes.split(b";")}
+    assert styles <= {b"", b"0", b"1", b"2", b"22"}, "no code from 30 to 49 or 90 to 107"
+    assert (b"1", b"m") in colourless
+    assert (b"?25", b"l") in colourless, "the cursor is hidden while a bar is drawn"
 
 
 def test_a_bar_says_what_happens_before_the_first_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
