@@ -201,10 +201,12 @@ def end_host(process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + END_S
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
+    grace_s = 10.0
     if process.poll() is None:
         process.kill()
         process.wait(5)
-    _, left = psutil.wait_procs(family, timeout=10)
+        grace_s = 0.0
+    _, left = psutil.wait_procs(family, timeout=grace_s)
     for one in left:
         one.kill()
     psutil.wait_procs(left, timeout=5)
