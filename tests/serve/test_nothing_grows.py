@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import itertools
 import json
 import subprocess
 import sys
@@ -44,6 +43,7 @@ ROUND = 400
 """Requests between two looks."""
 PER_REQUEST = 0.25
 """Objects that may be left of each, mostly those that Python itself keeps for later: whoever is forgotten leaves a whole one at least."""
+MOST = PER_REQUEST * ROUND
 
 
 class Only:
@@ -136,10 +136,17 @@ async def held_after(http: httpx.AsyncClient, numbers: range) -> int:
 
 
 async def grown(folder: Path) -> list[int]:
-    """Blocks more after each round."""
+    """Blocks more after each of three rounds; the last is one that leaves little, if any does."""
+    found: list[int] = []
     async with served(folder) as http:
-        held = [await held_after(http, range(at * ROUND, (at + 1) * ROUND)) for at in range(5)]
-    return [after - before for before, after in itertools.pairwise(held[1:])]  # the first round fills caches that have an end
+        await held_after(http, range(ROUND))  # fills caches that have an end
+        before = await held_after(http, range(ROUND, 2 * ROUND))
+        while len(found) < 3 and min(found, default=MOST) >= MOST:
+            at = len(found) + 2
+            after = await held_after(http, range(at * ROUND, (at + 1) * ROUND))
+            found.append(after - before)
+            before = after
+    return found
 
 
 def test_nothing_is_left_of_requests_that_are_over(tmp_path: Path) -> None:
@@ -149,8 +156,8 @@ def test_nothing_is_left_of_requests_that_are_over(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 4096}))
     done = subprocess.run([sys.executable, "-m", __name__, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 3
-    assert min(found) < PER_REQUEST * ROUND, f"{found} more objects after {ROUND} requests each"
+    assert 1 <= len(found) <= 3
+    assert min(found) < MOST, f"{found} more objects after {ROUND} requests each"
 
 
 if __name__ == "__main__":
