@@ -15,8 +15,9 @@ help:  ## Show this list
 demo: $(READY)  ## Serve the demo model: two ranks on CPU, HTTP on 127.0.0.1:8000, gRPC on 127.0.0.1:9000
 	@exec $(BIN)/manta serve demo --tensor-parallel 2
 
-test: $(READY_TEST)  ## Run the tests
-	$(BIN)/python -m pytest
+WORKERS ?= 2
+test: $(READY_TEST)  ## Run the tests, in two processes at a time (see tests/work_units.py)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY_TEST)  ## Run what takes minutes as well
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -1,7 +1,13 @@
 """What must be so before anything else is imported."""
 
 import os
+from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside another worker, threads that wait in a loop keep those from running for which they wait. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +19,15 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15 its process
 # How long an example takes, and how fast examples are made, says how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.work_units import FilesAndRay
+
+    return FilesAndRay(config, log)

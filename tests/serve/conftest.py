@@ -1,3 +1,4 @@
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -20,7 +21,12 @@ def smol_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen2_folder(request: pytest.FixtureRequest) -> Path:
     """Made once and kept in pytest's cache: rebuilding 151,387 merges takes some seconds."""
     folder = request.config.cache.mkdir("qwen2-tokenizer-1")
-    return folder if (folder / "config.json").exists() else write_qwen2(folder)
+    if not (folder / "config.json").exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            written = write_qwen2(Path(scratch))  # moved from there: two processes may do this at the same time
+            for file in sorted(written.iterdir(), key=lambda file: file.name == "config.json"):  # last, it says that all are there
+                file.replace(folder / file.name)
+    return folder
 
 
 @pytest.fixture(scope="session")
