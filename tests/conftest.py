@@ -17,8 +17,12 @@ if not torch.cuda.is_available():
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15 its processes stand still beside any other work of the machine
 
 # How long an example takes, and how fast examples are made, says how busy the machine is.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+# The same examples in every run, until the test itself changes: what fails then fails because of a change.
+settings.register_profile("repeatable", derandomize=True, database=None, **UNTIMED)
+# Others in every run, to look for more: --hypothesis-profile=random.
+settings.register_profile("random", derandomize=False, print_blob=True, **UNTIMED)
+settings.load_profile("repeatable")  # the option comes after it
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
