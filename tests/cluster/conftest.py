@@ -43,7 +43,8 @@ def descendants() -> set[int]:
 
 
 def alive(pid: int) -> bool:
+    """Not once it has ended: the kernel reaps the children of raylets, and for a moment such a process is neither a zombie nor gone."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False

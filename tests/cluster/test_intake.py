@@ -25,7 +25,13 @@ from engine.plan import TokenEvent
 from engine.request import Request
 from tests.cluster.fakes import eventually
 
-CONFIG = RouterConfig(ping_s=0.05, replica_silence_s=0.6, max_buffered_tokens=100)
+CONFIG = RouterConfig(ping_s=0.05, replica_silence_s=60, max_buffered_tokens=100)
+SILENT = RouterConfig(ping_s=3600, replica_silence_s=3601)
+"""No ping tells anything sooner than what is to tell it."""
+FRONT_SILENCE_S = 0.5
+"""Set where a front is to be dropped, and only then: on a busy machine everybody is silent for half a second at times."""
+LONG_S = 60.0
+"""Ends a hopeless wait; it is no promise."""
 
 
 @dataclass
@@ -78,7 +84,7 @@ def make_intake(engine: Engine, folder: PrivateFolder, tcp_host: str | None = No
         cancel=engine.cancel,
         pong=engine.pong,
         failed=engine.failures.append,
-        front_silence_s=0.5,
+        front_silence_s=LONG_S,
         heartbeat_s=0.1,
     )
     made.start()
@@ -165,11 +171,13 @@ async def test_a_stream_that_is_closed_is_cancelled_at_the_engine(engine: Engine
 async def test_a_front_that_vanished_has_its_requests_cancelled_and_its_streams_end_should_it_still_be_there(
     engine: Engine, intake: Intake
 ) -> None:
-    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+    async with linked(intake, config=SILENT) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: engine.submitted)
+        intake.protocol._front_silence_s = FRONT_SILENCE_S
         await eventually(lambda: engine.cancelled == [("r", 0)])
         with pytest.raises(LinkLost, match="dropped this front") as raised:
-            await asyncio.wait_for(running, 5)
+            await asyncio.wait_for(running, LONG_S)
         assert link.lost
         assert not raised.value.died
 
@@ -178,12 +186,13 @@ async def test_a_front_that_stood_still_begins_anew_though_the_replica_was_never
     async with linked(intake) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
-        deadline = time.monotonic() + 60
+        intake.protocol._front_silence_s = FRONT_SILENCE_S
+        deadline = time.monotonic() + LONG_S
         while not engine.cancelled:  # the whole event loop stands still, as in a process that is stopped
             assert time.monotonic() < deadline
             time.sleep(0.05)  # noqa: ASYNC251
         with pytest.raises(LinkLost):
-            await asyncio.wait_for(running, 5)
+            await asyncio.wait_for(running, LONG_S)
 
 
 def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
@@ -198,7 +207,7 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
         connect(socket, intake.address, node="here", keys=None)
         request = Request(id="r", prompt=(1,))
         socket.send(encode(Submit(request)))
-        deadline, long = time.monotonic() + 10, "x" * 100_000
+        deadline, long = time.monotonic() + LONG_S, "x" * 100_000
         while not engine.cancelled:
             assert time.monotonic() < deadline
             if engine.submitted:
@@ -206,7 +215,7 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
             time.sleep(0.002)
         heard: list[object] = []
         while not isinstance(heard[-1] if heard else None, FrontDropped):
-            assert socket.poll(5000)
+            assert socket.poll(int(1000 * LONG_S))
             heard.append(decode(socket.recv()))
         assert sum(isinstance(message, StepEvents) for message in heard) > 2
     finally:
@@ -243,13 +252,13 @@ async def test_the_same_attempt_once_more_leaves_the_owners_stream_alone(engine:
         running = asyncio.create_task(collect(owner, request))
         await eventually(lambda: engine.submitted == [request])
         for again in (request, Request(id="r", prompt=(1,))):
-            (event,) = await asyncio.wait_for(collect(other, again), 5)
+            (event,) = await asyncio.wait_for(collect(other, again), LONG_S)
             assert (event.error_kind, event.attempt) == ("DuplicateRequest", again.attempt)
         owner._send(Submit(request))
-        (refused,) = await asyncio.wait_for(collect(owner, Request(id="r", prompt=(1,))), 5)  # an answer, so all before was read
+        (refused,) = await asyncio.wait_for(collect(owner, Request(id="r", prompt=(1,))), LONG_S)  # an answer, so all before was read
         assert refused.error_kind == "DuplicateRequest"
         intake.deliver(events_for(request, 7, end=True))
-        assert await asyncio.wait_for(running, 5) == events_for(request, 7, end=True)
+        assert await asyncio.wait_for(running, LONG_S) == events_for(request, 7, end=True)
     assert engine.submitted == [request]
     assert engine.cancelled == []
 
@@ -281,31 +290,29 @@ async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere
 
 
 async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Intake) -> None:
-    intake.protocol._front_silence_s = 60
-    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+    async with linked(intake, config=SILENT) as link:
         assert link.ready
         engine.ready = False
         intake.wake()
-        await eventually(lambda: not link.ready, within_s=30)  # sooner than any ping or silence would tell
+        await eventually(lambda: not link.ready, within_s=LONG_S / 2)  # sooner than any ping or silence would tell
 
 
 async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:
-    intake.protocol._front_silence_s = 60
-    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+    async with linked(intake, config=SILENT) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
         await asyncio.to_thread(intake.close)
         with pytest.raises(LinkLost, match="connection was closed"):
-            await asyncio.wait_for(running, 2)
+            await asyncio.wait_for(running, LONG_S / 2)  # sooner than silence would tell
         assert link.lost
         assert not link.ready
 
 
 async def test_a_silent_replica_is_lost(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with linked(intake) as link:
+    async with linked(intake, config=RouterConfig(ping_s=0.05, replica_silence_s=0.6)) as link:
         monkeypatch.setattr(intake.protocol, "_handle", lambda front, message: None)  # it reads, and never answers: like a frozen engine
         with pytest.raises(LinkLost, match="silent"):
-            await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), 3)
+            await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), LONG_S)
 
 
 async def test_a_client_that_does_not_read_is_cut_off_at_the_bound(engine: Engine, intake: Intake) -> None:

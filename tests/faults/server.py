@@ -89,7 +89,7 @@ class Victims:
         found = []
         for process in self.server.descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.name().startswith(beginnings) and process.status() != psutil.STATUS_ZOMBIE:
+                if process.name().startswith(beginnings) and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                     found.append(process)
         return sorted(found, key=lambda process: process.pid)
 
