@@ -1,6 +1,7 @@
 """`manta serve` as a user starts it: a process of its own, its greeting awaited, ended by Ctrl-C."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import psutil
 
 START_S = 240.0
 END_S = 30.0
+PORTS = range(20_000, 30_000)
+"""Above those that Ray gives to its workers, and below those that Linux gives to whoever asks for any."""
 
 
 @dataclass
@@ -83,7 +86,7 @@ def _end(server: Server) -> None:
     try:
         process.wait(END_S)
     finally:
-        _, left = psutil.wait_procs(family, timeout=5)
+        _, left = psutil.wait_procs(family, timeout=20)
         for one in left:
             one.kill()
         if process.poll() is None:
@@ -93,13 +96,15 @@ def _end(server: Server) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that nobody gets who asks the kernel or Ray for any: else another process could have one before the server binds it."""
+    with ExitStack() as probing:
+        ports: list[int] = []
+        while len(ports) < count:
+            port, probe = PORTS[secrets.randbelow(len(PORTS))], probing.enter_context(socket.socket())
+            with suppress(OSError):  # in use
+                probe.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
 
 
 def eventually(condition, timeout_s: float = 60.0):

@@ -29,7 +29,7 @@ async def client(both: Fronts) -> AsyncIterator[AsyncClient]:
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 (an engine's thread tells nobody)
             await asyncio.sleep(0.01)
 

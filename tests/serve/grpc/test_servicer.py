@@ -84,16 +84,16 @@ async def test_cancelling_a_stream_ends_the_work(stub, service: ScriptedService,
     await service.holding.wait()
     assert not service.closed.is_set()
     call.cancel()
-    await asyncio.wait_for(service.closed.wait(), 5)
+    await asyncio.wait_for(service.closed.wait(), 60)
 
 
 async def test_cancelling_a_whole_answer_ends_the_work(stub, service: ScriptedService) -> None:
     service.holds_at = 1
     call = stub.Chat(CHAT)
     waiting = asyncio.ensure_future(call)
-    await asyncio.wait_for(service.holding.wait(), 5)
+    await asyncio.wait_for(service.holding.wait(), 60)
     call.cancel()
-    await asyncio.wait_for(service.closed.wait(), 5)
+    await asyncio.wait_for(service.closed.wait(), 60)
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
@@ -106,7 +106,7 @@ async def test_a_deadline_reaches_the_service_and_ends_the_work(stub, service: S
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (call if method == "Chat" else anext_after_first(call))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait_for(service.closed.wait(), 5)
+    await asyncio.wait_for(service.closed.wait(), 60)
     assert service.asked[0].deadline_s == pytest.approx(before + 0.5, abs=0.4)
 
 

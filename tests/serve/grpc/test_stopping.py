@@ -32,7 +32,7 @@ async def reopened(both: Fronts) -> AsyncIterator[None]:
 
 
 async def begun(both: Fronts) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not both.gate.num_open:  # noqa: ASYNC110 (nobody is told)
             await asyncio.sleep(0.01)
 
@@ -161,14 +161,14 @@ async def test_requests_that_the_server_ends_are_told_from_those_whose_clients_l
         leaving = client.chat.stream(**LONG)
         await anext(leaving)
         await leaving.close()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while failures.codes != ["client_left"]:  # noqa: ASYNC110 (nobody is told)
                 await asyncio.sleep(0.01)
         streams = [client.chat.stream(**LONG), client.chat.stream(**LONG, idempotency_key="k")]
         for stream in streams:
             await anext(stream)
         collected = [asyncio.create_task(http.post(CHATS, json=LONG, headers=headers)) for headers in ({}, {"idempotency-key": "l"})]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while running.gate.num_open < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         unread = running.gate.chat(

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,15 +18,10 @@ from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from serve import proxy_hook
 from serve.grpc.server import SERVICER_FUNCTIONS
 from tests.serve.grpc.scripted_front import ScriptedFront
+from tests.system.server import free_ports
 
 pytestmark = pytest.mark.system
 MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def address() -> Iterator[str]:
         proxy_hook.CALLBACK_VARIABLE: proxy_hook.CALLBACK,
         proxy_hook.HOST_VARIABLE: "127.0.0.1",
     }
-    port = free_port()
+    http_port, port = free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setitem(os.environ, name, value)
@@ -58,7 +52,7 @@ def address() -> Iterator[str]:
         try:
             ray_serve.start(
                 proxy_location=ProxyLocation.HeadOnly,
-                http_options=HTTPOptions(host="127.0.0.1", port=free_port()),
+                http_options=HTTPOptions(host="127.0.0.1", port=http_port),
                 grpc_options=gRPCOptions(port=port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
             )
             front = ray_serve.deployment(ScriptedFront, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)
@@ -87,7 +81,7 @@ async def num_closed(client: AsyncClient) -> int:
 
 
 async def one_more_closed(client: AsyncClient, before: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while await num_closed(client) == before:  # noqa: ASYNC110 (it is another process that knows)
             await asyncio.sleep(0.05)
 

@@ -194,7 +194,7 @@ async def test_a_full_house_is_told_with_its_time(client: AsyncClient, source: S
 
 
 async def all_ended(source: ScriptedSource) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while source.num_running:  # noqa: ASYNC110 (the source has no event to wait for)
             await asyncio.sleep(0.01)
 

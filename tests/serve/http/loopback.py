@@ -73,6 +73,6 @@ async def served(app: Any) -> AsyncIterator[str]:
 
 
 async def eventually(holds: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110  (what is waited for belongs to others and tells nobody)
             await asyncio.sleep(0.01)

@@ -22,7 +22,7 @@ async def test_a_client_that_hangs_up_at_any_time_closes_the_services_iterator(
     service.waits_at = waits_at
     async with served(app) as url, httpx.AsyncClient(base_url=url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=chat_body | {"stream": stream}))
-        await asyncio.wait_for(service.waiting.wait(), 5)
+        await asyncio.wait_for(service.waiting.wait(), 60)
         assert service.num_open == 1
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -37,7 +37,7 @@ async def test_a_server_that_cancels_the_call_closes_the_services_iterator(app: 
     service.waits_at = 1
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://manta") as client:
         asking = asyncio.create_task(client.post(CHAT, json=chat_body | {"stream": True}))
-        await asyncio.wait_for(service.waiting.wait(), 5)
+        await asyncio.wait_for(service.waiting.wait(), 60)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
     assert (service.num_open, service.num_closed_early) == (0, 1)
