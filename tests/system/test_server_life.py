@@ -22,7 +22,7 @@ def test_what_a_killed_server_had_started_ends_as_well(demo_folder: Path) -> Non
         assert len(server.ranks()) == 2
         server.process.kill()
         server.process.wait(5)
-        _, alive = psutil.wait_procs(family, timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
 
 
@@ -62,7 +62,7 @@ def test_running_streams_may_finish_when_it_is_stopped_and_else_end_with_an_erro
         assert json.loads(longer[0].result(30)[-1])["error"]["code"] == "draining"
         assert longer[1].result(30) == "draining"
         assert server.process.wait(30) == 0
-        _, alive = psutil.wait_procs(family, timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
         assert any("3 requests are still running and may finish within 300 s" in line for line in server.lines)
         assert "Traceback" not in "\n".join(server.lines)
