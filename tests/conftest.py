@@ -1,6 +1,8 @@
 """What must be so before anything else is imported."""
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -26,6 +28,16 @@ settings.load_profile("repeatable")  # the option comes after it
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_goes_where_a_past_test_wanted_it() -> Iterator[None]:
+    """A command that runs in a test sets up the log of the whole process, and its stderr is closed with the test."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for handler in [one for one in logging.root.handlers if type(one) is logging.StreamHandler]:  # pytest's own are of other classes
+        logging.root.removeHandler(handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
