@@ -28,7 +28,7 @@ def experts(
     down_E, down_scales_E = _addresses(down)
     library.experts[up[0].kind](
         *(x_ND.data_ptr(), x_ND.shape[0], None if rows_A is None else rows_A.data_ptr(), counts_E.ctypes.data, len(counts_E)),
-        *(up_E.ctypes.data, up_scales_E.ctypes.data, down_E.ctypes.data, down_scales_E.ctypes.data, out_AD.data_ptr()),
+        *(up_E.ctypes.data, up_scales_E.ctypes.data, down_E.ctypes.data, down_scales_E.ctypes.data, None, None, out_AD.data_ptr()),
         *(width, up[0].padded, inner_width, down[0].padded, up[0].group, num_threads()),
     )
     return out_AD
@@ -60,7 +60,7 @@ class NativeExperts:
         self._at = ctypes.addressof(self.struct)
 
     def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """(N, D): for each row the weighted sum of its experts, in the order of its ids; a negative id adds nothing. ``x`` is float32.
+        """(N, D): for each row the weighted sum of its experts, in the order of their numbers; a negative id adds nothing. x is float32.
 
         Raises:
             KeyError: an expert is not held here.

@@ -49,7 +49,7 @@ class Native:
         self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
         rows = [*[address] * 4, *[size] * 5, threads]
         self.rows = {kind: self._function(f"rows_{kind}", rows, size) for kind in self.kinds}
-        experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
+        experts = [address, size, address, address, size, *[address] * 7, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.hadamard = self._function("hadamard", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
         screens = {"bf16_dot", "int8_dot"} <= set(self.kinds)

@@ -512,17 +512,18 @@ static inline void quantise_group(const float* x, long, int32_t offset, int8_t* 
 
 // Rows (count, K), padded with zeros to whole groups.
 template <class Number, int32_t OFFSET> class QuantisedRows {
+    long distance, padded, group;
     AlignedBuffer<Number> numbers;
     AlignedBuffer<float> scales;
     AlignedBuffer<int32_t> starts;
-    long padded, group;
 
 public:
     std::vector<QuantisedRow<Number>> rows;
 
     QuantisedRows(long count, long, long padded, long group)
-        : numbers(count * padded), scales(count * (padded / group)), starts(count * (padded / group)), padded(padded), group(group), rows(count) {
-        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * padded], &scales[r * (padded / group)], &starts[r * (padded / group)]};
+        : distance(row_distance<Number>(padded)), padded(padded), group(group), numbers(count * distance), scales(count * (padded / group)),
+          starts(count * (padded / group)), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * distance], &scales[r * (padded / group)], &starts[r * (padded / group)]};
     }
 
     void fill(long r, long first, const float* x, long width) {
@@ -533,7 +534,7 @@ public:
                 memset(filled, 0, sizeof(filled));
                 memcpy(filled, x + k, sizeof(float) * (width - k));
             }
-            quantise_group(width - k < group ? filled : x + k, group, OFFSET, &numbers[r * padded + first + k], &scales[g], &starts[g]);
+            quantise_group(width - k < group ? filled : x + k, group, OFFSET, &numbers[r * distance + first + k], &scales[g], &starts[g]);
         }
     }
 };
@@ -542,18 +543,18 @@ public:
 // Rows (count, K), rounded without rotation: a scale per ROW_GROUP numbers, an initial sum per group of 4-bit weights.
 template <long GROUP, int32_t OFFSET> class Int4Rows {
     static constexpr long GROUPS = ROW_GROUP / GROUP;
+    long groups, distance;
     AlignedBuffer<int8_t> numbers;
     AlignedBuffer<float> scales;
     AlignedBuffer<int32_t> starts;
-    long groups;
 
 public:
     std::vector<QuantisedRow<int8_t>> rows;
 
     Int4Rows(long count, long, long padded, long)
-        : numbers(count * filled(padded)), scales(count * (filled(padded) / ROW_GROUP)), starts(count * (filled(padded) / GROUP)),
-          groups(filled(padded) / ROW_GROUP), rows(count) {
-        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * GROUPS]};
+        : groups((padded + ROW_GROUP - 1) / ROW_GROUP), distance(row_distance<int8_t>(groups * ROW_GROUP)), numbers(count * distance),
+          scales(count * groups), starts(count * groups * GROUPS), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * distance], &scales[r * groups], &starts[r * groups * GROUPS]};
     }
 
     void fill(long r, long first, const float* x, long width) {
@@ -563,11 +564,8 @@ public:
             group[i] = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + i * LANES);
         });
         const long g = r * groups + first / ROW_GROUP;
-        quantise_registers<GROUP / LANES>(group, 1, OFFSET, &numbers[g * ROW_GROUP], &scales[g], &starts[g * GROUPS]);
+        quantise_registers<GROUP / LANES>(group, 1, OFFSET, &numbers[r * distance + first], &scales[g], &starts[g * GROUPS]);
     }
-
-private:
-    static long filled(long padded) { return (padded + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
 };
 static_assert(FILL_WIDTH == ROW_GROUP, "rows are filled one scale group at a time");
 static_assert(K_BLOCK % ROW_GROUP == 0, "a tile of Int4Dot starts at a scale group of the row");

@@ -60,47 +60,87 @@ static void multiply(const float* x, const void* weights, const void* scales, co
     run_gemms(std::vector<Gemm<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N, threads}}, threads);
 }
 
-// out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] assignments go to expert 0, and so on. Without
-// `rows`, assignment a is row a. up[e] and down[e] are addresses of weights, *_scales those of their scales. The inner width is I, padded to
-// whole groups: `inner`.
+// Assignments of rows of x (num_rows, D) to experts: assignment a is row rows[a] of x through its expert; the first counts[0] assignments go to
+// expert 0, and so on. Without `rows`, assignment a is row a. up[e] and down[e] are addresses of weights, *_scales those of their scales. The inner
+// width is I, padded to whole groups: `inner`.
+//
+// Without `weights`, out is (A, D): the result of each assignment. With weights (A) it is (num_rows, D): its content times out_scales (num_rows; null:
+// zeros) plus the weighted results of each row, in the order of experts. (Another order would give other bits, so that a row's would depend on
+// how many others there are.)
 template <class W>
 static void experts(const float* x, long num_rows, const int64_t* rows_of_x, const int64_t* counts, long num_experts, const void* const* up,
-                    const void* const* up_scales, const void* const* down, const void* const* down_scales, float* out, long D, long outer, long I,
-                    long inner, long group, int threads) {
-    long total = 0;
-    for (long e = 0; e < num_experts; ++e) total += counts[e];
+                    const void* const* up_scales, const void* const* down, const void* const* down_scales, const float* weights,
+                    const float* out_scales, float* out, long D, long outer, long I, long inner, long group, int threads) {
+    using Gated = GatedGemm<W, Rows<W>>;
+    long total = 0, blocks = 0;
+    for (long e = 0; e < num_experts; ++e) total += counts[e], blocks += Gated::blocks_of(counts[e]);
     const Rows<W> all_rows = rows_of<W>(x, num_rows, D, outer, group, threads);
     std::vector<typename W::Row> of_assignments(all_rows.rows);
     if (rows_of_x) {
         of_assignments.resize(total);
         for (long a = 0; a < total; ++a) of_assignments[a] = all_rows.rows[rows_of_x[a]];
     }
-    using Selected = SelectedRows<typename W::Row>;
-    const Selected selected = rows_of_x ? Selected(std::move(of_assignments), outer, threads) : Selected(std::move(of_assignments));
-    const typename W::Row* const chosen = selected.rows.data();
+    Rows<W> middle(total, I, inner, group);
+    const auto each_expert = [&](auto run) {
+        for (long e = 0, first = 0; e < num_experts; first += counts[e++])
+            if (counts[e]) run(e, first, long(counts[e]));
+    };
+    const auto up_of = [&](long e) { return Weights<W>::make(up[e], up_scales[e], outer, group); };
+    const auto down_of = [&](long e) { return Weights<W>::make(down[e], down_scales[e], inner, group); };
+
     // With many rows, silu(gate) * up is computed from sums that are still in a near cache. With few, long runs of weights are read faster.
     const bool few = total <= MAX_TILE_ROWS * num_experts;
-    Rows<W> middle(total, I, inner, group);
-    AlignedBuffer<float> gate_up(few ? total * 2 * I : 0);
-    std::vector<GatedGemm<W, Rows<W>>> gated;
-    std::vector<Gemm<W>> ups, downs;
-    for (long e = 0, first = 0; e < num_experts; first += counts[e++]) {
-        if (!counts[e]) continue;
-        const W w = Weights<W>::make(up[e], up_scales[e], outer, group);
-        if (few) ups.push_back({w, &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I, threads});
-        else gated.push_back({w, &chosen[first], long(counts[e]), &middle, first, I});
-        const W w_down = Weights<W>::make(down[e], down_scales[e], inner, group);
-        downs.push_back({w_down, &middle.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
-    }
-    run_gemms(gated, threads);
-    run_gemms(ups, threads);
-    if (few)
+    if (few) {
+        using Selected = SelectedRows<typename W::Row>;
+        const Selected selected = rows_of_x ? Selected(std::move(of_assignments), outer, threads) : Selected(std::move(of_assignments));
+        AlignedBuffer<float> gate_up(total * 2 * I);
+        std::vector<Gemm<W>> ups;
+        each_expert([&](long e, long first, long count) {
+            ups.push_back({up_of(e), &selected.rows[first], count, nullptr, &gate_up[first * 2 * I], 2 * I, threads});
+        });
+        run_gemms(ups, threads);
         parallel_for(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
             float* at = &gate_up[a * 2 * I];
             gate(at, at + I, at, I);
             for (long k = 0; k < I; k += FILL_WIDTH) middle.fill(a, k, at + k, std::min(FILL_WIDTH, I - k));
         });
+    } else {
+        // Each task copies the rows that were selected for its expert, so tasks are as large as the number of threads allows.
+        const long parts = rows_of_x ? std::max(1L, MIN_TASKS_PER_THREAD * threads / blocks) : I;
+        const long columns = std::max(1L, I / parts / FILL_WIDTH) * FILL_WIDTH;
+        std::vector<Gated> gated;
+        each_expert([&](long e, long first, long count) {
+            gated.push_back({up_of(e), &of_assignments[first], rows_of_x != nullptr, count, &middle, first, I, columns});
+        });
+        run_gemms(gated, threads);
+    }
+
+    const RowSums sums{out, out_scales, num_rows, D};
+    if (weights && !few) {
+        SummedGemms<W> summed{{}, rows_of_x, weights, sums, threads};
+        each_expert([&](long e, long first, long count) { summed.experts.push_back({down_of(e), &middle.rows[first], count}); });
+        if (summed.is_possible()) {
+            parallel_for(summed.tasks(), threads, [&](long task) { summed.run(task); });
+            return;
+        }
+    }
+    AlignedBuffer<float> results(weights ? total * D : 0);
+    float* const y = weights ? &results[0] : out;
+    std::vector<Gemm<W>> downs;
+    each_expert([&](long e, long first, long count) {
+        downs.push_back({down_of(e), &middle.rows[first], count, nullptr, y + first * D, D, threads});
+    });
     run_gemms(downs, threads);
+    if (!weights) return;
+    std::vector<long> begin(num_rows + 1), of_row(total);  // each row's assignments, in order
+    for (long a = 0; a < total; ++a) ++begin[rows_of_x[a] + 1];
+    for (long n = 0; n < num_rows; ++n) begin[n + 1] += begin[n];
+    std::vector<long> next(begin);
+    for (long a = 0; a < total; ++a) of_row[next[rows_of_x[a]]++] = a;
+    parallel_for(num_rows, (num_rows + total) * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
+        sums.begin(n, 0, D);
+        for (long i = begin[n]; i < begin[n + 1]; ++i) sums.add(n, 0, D, y + of_row[i] * D, weights[of_row[i]]);
+    });
 }
 
 // Number k of output `index` of a panel as stored, of weights with K padded inputs.
@@ -184,6 +224,8 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
     }                                                                                                                                              \
     void manta_experts_##name(const float* x, long num_rows, const int64_t* rows, const int64_t* counts, long num_experts,                         \
                               const void* const* up, const void* const* up_scales, const void* const* down, const void* const* down_scales,        \
-                              float* out, long D, long outer, long I, long inner, long group, int threads) {                                       \
-        experts<W>(x, num_rows, rows, counts, num_experts, up, up_scales, down, down_scales, out, D, outer, I, inner, group, threads);          \
+                              const float* weights, const float* out_scales, float* out, long D, long outer, long I, long inner, long group,       \
+                              int threads) {                                                                                                       \
+        experts<W>(x, num_rows, rows, counts, num_experts, up, up_scales, down, down_scales, weights, out_scales, out, D, outer, I, inner, group,  \
+                   threads);                                                                                                                       \
     }

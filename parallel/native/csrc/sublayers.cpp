@@ -45,7 +45,7 @@ struct AttentionSublayer {
 };
 
 using AllAtOnce = void (*)(const float*, long, const int64_t*, const int64_t*, long, const void* const*, const void* const*, const void* const*,
-                           const void* const*, float*, long, long, long, long, long, int);  // manta_experts_*
+                           const void* const*, const float*, const float*, float*, long, long, long, long, long, int);  // manta_experts_*
 
 struct Mlp {
     Matrix up, down;
@@ -55,8 +55,8 @@ struct Mlp {
     void run(const float* x, float* out, long T, int threads) const {
         if (T > few_rows) {
             const int64_t count = T;
-            gated(x, T, nullptr, &count, 1, &up.weights, &up.scales, &down.weights, &down.scales, out, down.outputs, up.padded, down.inputs,
-                  down.padded, up.group, threads);
+            gated(x, T, nullptr, &count, 1, &up.weights, &up.scales, &down.weights, &down.scales, nullptr, nullptr, out, down.outputs, up.padded,
+                  down.inputs, down.padded, up.group, threads);
             return;
         }
         AlignedBuffer<float> gate_up(T * up.outputs), middle(T * down.inputs);
@@ -121,44 +121,38 @@ struct AllReduce {
     }
 };
 
-// See manta_weighted_experts. `finish(n, row)` is called for each row of `out` while it is in a near cache.
-template <class Finish>
-long weighted_experts(const Experts& all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads,
-                      Finish finish) {
-    const auto& [run, up, up_scales, down, down_scales, count, width, outer, I, inner, group] = all;
-    const long D = width;  // lambdas of C++17 cannot capture structured bindings
-    std::vector<int64_t> counts(count), used;
+// The id of an expert that is among `ids` and not held here, or -1.
+long missing_expert(const Experts& experts, const int64_t* ids, long count) {
+    for (long i = 0; i < count; ++i)
+        if (ids[i] >= experts.count || (ids[i] >= 0 && !experts.up[ids[i]])) return ids[i];
+    return -1;
+}
+
+// out (N, D) = out * out_scales (N; null: zeros) + the weighted sum of each row's experts, all of which are held here. See manta_weighted_experts.
+void add_weighted_experts(const Experts& all, const float* x, const int64_t* ids, const float* weights, const float* out_scales, float* out, long N,
+                          long A, int threads) {
+    std::vector<int64_t> counts(all.count), used;
+    for (long a = 0; a < N * A; ++a)
+        if (ids[a] >= 0) ++counts[ids[a]];
+    std::vector<long> next(all.count);
+    std::vector<const void*> up, up_scales, down, down_scales;
     long total = 0;
-    for (long a = 0; a < N * A; ++a) {
-        if (ids[a] < 0) continue;
-        if (ids[a] >= count || !up[ids[a]]) return ids[a];
-        ++counts[ids[a]];
-        ++total;
-    }
-    std::vector<long> next(count), row_of(N * A, -1);
-    std::vector<const void*> ups, up_scale, downs, down_scale;
-    long first = 0;
-    for (long e = 0; e < count; first += counts[e++]) {
-        next[e] = first;
+    for (long e = 0; e < all.count; total += counts[e++]) {
+        next[e] = total;
         if (!counts[e]) continue;
         used.push_back(counts[e]);
-        ups.push_back(up[e]); up_scale.push_back(up_scales[e]); downs.push_back(down[e]); down_scale.push_back(down_scales[e]);
+        up.push_back(all.up[e]); up_scales.push_back(all.up_scales[e]); down.push_back(all.down[e]); down_scales.push_back(all.down_scales[e]);
     }
-    std::vector<int64_t> rows(total);
-    for (long a = 0; a < N * A; ++a)
-        if (ids[a] >= 0) rows[row_of[a] = next[ids[a]]++] = a / A;
-    AlignedBuffer<float> y(total * D);
-    if (total)
-        run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
-            threads);
-    parallel_for(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
-        float* to = out + n * D;
-        memset(to, 0, sizeof(float) * D);
-        for (long a = n * A; a < (n + 1) * A; ++a)
-            if (row_of[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[row_of[a] * D + i];
-        finish(n, to);
-    });
-    return -1;
+    AlignedBuffer<int64_t> rows(total);
+    AlignedBuffer<float> of_rows(total);  // (the address is not null if there are none)
+    for (long a = 0; a < N * A; ++a) {
+        if (ids[a] < 0) continue;
+        const long sorted = next[ids[a]]++;
+        rows[sorted] = a / A;
+        of_rows[sorted] = weights[a];
+    }
+    all.run(x, N, &rows[0], used.data(), used.size(), up.data(), up_scales.data(), down.data(), down_scales.data(), &of_rows[0], out_scales, out,
+            all.D, all.outer, all.I, all.inner, all.group, threads);
 }
 }  // namespace
 
@@ -194,10 +188,12 @@ void manta_mlp_sublayer(const MlpSublayer* sublayer, float* x, const float* delt
     sublayer->mlp.run(&normed[0], out, T, threads);
 }
 
-// out (N, D): for each row of x, the weighted sum of its experts, in the order of ids and weights (N, A). A negative id is computed elsewhere and
-// adds nothing. Returns -1, or the id of an expert that is not held here; then nothing was computed.
+// out (N, D): for each row of x, the sum of its experts with the weights (N, A) of ids (N, A), in the order of experts. A negative id is computed
+// elsewhere and adds nothing. Returns -1, or the id of an expert that is not held here; then nothing was computed.
 long manta_weighted_experts(const Experts* all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads) {
-    return weighted_experts(*all, x, ids, weights, out, N, A, threads, [](long, float*) {});
+    const long missing = missing_expert(*all, ids, N * A);
+    if (missing < 0) add_weighted_experts(*all, x, ids, weights, nullptr, out, N, A, threads);
+    return missing;
 }
 
 // Chooses the top A of E experts by their logits, with their probabilities by a softmax over all experts; the first among equals.
@@ -230,12 +226,12 @@ public:
     }
 };
 
-// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns as
+// x (T, D) += delta, which may be null; out (T, D) = sigmoid(shared_gate(norm(x))) * shared(norm(x)) + experts(norm(x)). Returns as
 // manta_weighted_experts does; with a missing expert `out` is not written.
 long manta_moe_sublayer(const MoeSublayer* sublayer, float* x, const float* delta, float* out, long T, int threads) {
     const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *sublayer;
     const long D = router.inputs, E = router.outputs;
-    AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T), shared_out(T * D);
+    AlignedBuffer<float> normed(T * D), logits(T * E), weights(T * A), gates(T);
     AlignedBuffer<int64_t> ids(T * A);
     norm.add(x, delta, &normed[0], T, D, threads);
     router.multiply(&normed[0], &logits[0], T, threads);
@@ -245,12 +241,13 @@ long manta_moe_sublayer(const MoeSublayer* sublayer, float* x, const float* delt
         for (long t = part * ROWS_AT_ONCE; t < std::min(T, (part + 1) * ROWS_AT_ONCE); ++t)
             experts_of_token.choose(&logits[t * E], &ids[t * A], &weights[t * A]);
     });
+    const long missing = missing_expert(experts, &ids[0], T * A);
+    if (missing >= 0) return missing;
     shared_gate.multiply(&normed[0], &gates[0], T, threads);
-    shared.run(&normed[0], &shared_out[0], T, threads);
-    return weighted_experts(experts, &normed[0], &ids[0], &weights[0], out, T, A, threads, [&](long t, float* row) {
-        const float gate = 1 / (1 + std::exp(-gates[t]));
-        for (long i = 0; i < D; ++i) row[i] += gate * shared_out[t * D + i];
-    });
+    for (long t = 0; t < T; ++t) gates[t] = 1 / (1 + std::exp(-gates[t]));
+    shared.run(&normed[0], out, T, threads);
+    add_weighted_experts(experts, &normed[0], &ids[0], &weights[0], &gates[0], out, T, A, threads);
+    return -1;
 }
 
 // Runs x (T, D) through all layers; what is then still to be added to x is left in delta (T, D). Returns 0 on success, a positive Outcome of

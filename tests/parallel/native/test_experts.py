@@ -81,3 +81,31 @@ def test_all_experts_of_a_rank_give_each_row_the_sum_of_its_own(kind: Kind, num_
     for missing in (1, 5):
         with pytest.raises(KeyError, match=f"expert {missing} is not held here"):
             all_experts(x, ids.where(ids != ids[0, 0], missing), weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_experts_has_the_same_bits_alone_among_others_and_with_any_number_of_threads(kind: Kind) -> None:
+    """With few rows, with many, and with more threads than share the columns of sums, experts take three different ways."""
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    if kind not in library.kinds:
+        pytest.skip(f"this processor has no product of {kind}")
+    random, width, inner = torch.Generator().manual_seed(5), 300, 200
+    up = {number: pack(kind, torch.randn(2 * inner, width, generator=random), library.lanes) for number in range(3)}
+    down = {number: pack(kind, torch.randn(width, inner, generator=random), library.lanes) for number in range(3)}
+    all_experts = NativeExperts(library, 3, up, down)
+    x, weights = torch.randn(400, width, generator=random), torch.rand(400, 2, generator=random)
+    ids = torch.tensor([[2, 0], [1, 2], [-1, -1], [0, -1], [2, 1]]).repeat(80, 1)
+    ids[300:] = torch.tensor([1, -1])  # so that the rows of an expert are several blocks
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            found.append(all_experts(x, ids, weights))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
+    for row in (0, 1, 2, 3, 4, 255, 256, 399):
+        assert torch.equal(all_experts(x[row : row + 1], ids[row : row + 1], weights[row : row + 1])[0], found[0][row]), row
