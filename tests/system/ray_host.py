@@ -208,5 +208,6 @@ def end_host(process: "subprocess.Popen[bytes]") -> None:
         grace_s = 0.0
     _, left = psutil.wait_procs(family, timeout=grace_s)
     for one in left:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            one.kill()
     psutil.wait_procs(left, timeout=5)
