@@ -23,6 +23,7 @@ from cluster.health import State
 from cluster.replica_link import LinkLost
 from cluster.resume import LossHistory, ResumePolicy
 from cluster.routing_policies import Candidate, LeastLoaded, RoutingPolicy
+from engine.errors import DeadlineExceeded
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -156,6 +157,7 @@ class Router:
 
         Raises:
             NoReplicaReady: no replica became ready in time; HostLost if the reason is that a host became unreachable.
+            DeadlineExceeded: no replica became ready before the request's own deadline.
             ReplicaLost, ResumesExhausted: no attempt is left to this choice, or to all requests of this front together.
             PoisonedRequest: the request was running when replicas died, often enough to be blamed for it; or it is in quarantine.
             SlowReader: too many tokens wait for the reader.
@@ -220,11 +222,15 @@ class Router:
         started = self._clock()
         with self.admission_queue.hold(request):
             while (link := self._ready_link(request, lost_by)) is None:
-                left_s = self.admission_queue.wait_s - (self._clock() - started)
+                waited_s = self._clock() - started
+                left_s = self.admission_queue.wait_s - waited_s
                 if request.deadline_s is not None:
-                    left_s = min(left_s, request.deadline_s - self._unix_clock())
+                    until_deadline_s = request.deadline_s - self._unix_clock()
+                    if until_deadline_s <= 0:
+                        raise DeadlineExceeded(f"the request's deadline passed before a replica became ready; it waited {waited_s:.1f} s")
+                    left_s = min(left_s, until_deadline_s)
                 if left_s <= 0:
-                    raise NoReplicaReady(waited_s=round(self._clock() - started, 1))
+                    raise NoReplicaReady(waited_s=round(waited_s, 1))
                 await self._sleep(min(0.05, left_s))
         return link
 

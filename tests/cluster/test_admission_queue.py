@@ -12,6 +12,7 @@ from cluster.directory import DEMAND, Register
 from cluster.errors import NoReplicaReady
 from cluster.health import State
 from cluster.router import Router
+from engine.errors import DeadlineExceeded
 from engine.request import Request, SamplingParams
 from engine.stats import EngineStats
 from tests.cluster.fakes import FakeLink, FakeReplicas, answer, eventually, record
@@ -66,7 +67,7 @@ async def test_a_client_that_leaves_and_a_deadline_that_passes_give_their_seats_
     late = asyncio.create_task(collect(router, asking("late", deadline_s=time.time() + 0.2)))
     await eventually(lambda: queue.num_held == 2)
     leaving.cancel()
-    with pytest.raises(NoReplicaReady):
+    with pytest.raises(DeadlineExceeded):
         await late
     assert (queue.num_held, queue.demand()["held_tokens"]) == (0, 0)
 

@@ -14,7 +14,7 @@ from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, NoReplicaReady, ReplicaLost
 from cluster.router import QUEUE_FULL_S, Router
 from cluster.routing_policies import LeastLoaded, RoundRobin, RoutingPolicy
-from engine.errors import PoisonedRequest
+from engine.errors import DeadlineExceeded, PoisonedRequest
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from tests.cluster.fakes import FakeLink, FakeReplicas, answer, eventually, record
@@ -167,11 +167,17 @@ async def test_without_a_ready_replica_a_request_waits_and_then_is_refused() -> 
 
 
 async def test_a_request_does_not_wait_for_a_replica_beyond_its_own_deadline() -> None:
-    async with routed(FakeLink(record("a"), ready=False)) as router:
+    async with routed(FakeLink(record("a"), ready=False), ready_wait_s=30.0) as router:
         begun = time.monotonic()
-        with pytest.raises(NoReplicaReady):
+        with pytest.raises(DeadlineExceeded, match="before a replica became ready"):
             await collect(router, Request(id="r", prompt=(1,), deadline_s=time.time() + 0.2))
         assert time.monotonic() - begun < 20, "it would have waited for 30"
+
+
+async def test_a_request_whose_deadline_is_later_than_a_front_waits_is_told_that_no_replica_is_ready() -> None:
+    async with routed(FakeLink(record("a"), ready=False), ready_wait_s=0.1) as router:
+        with pytest.raises(NoReplicaReady):
+            await collect(router, Request(id="r", prompt=(1,), deadline_s=time.time() + 600))
 
 
 async def test_the_least_loaded_replica_is_chosen_and_equals_take_turns() -> None:
