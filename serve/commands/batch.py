@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import typer
 
 from engine.counted import counted
-from serve.commands.settings import WRONG_USAGE, exit_with_error
+from serve.commands.settings import WRONG_USAGE, exit_if_no_key, exit_with_error
 
 SOME_FAILED = 3
 """Exit code when every request has a line in the output, but some lines hold an error instead of an answer."""
@@ -52,7 +52,7 @@ def batch(
     url = url.rstrip("/").removesuffix("/v1")  # as the greeting of `manta serve` and OpenAI's clients have it
     key = api_key or os.environ.get("MANTA_API_KEY")
     if key:
-        _check_key(key)
+        exit_if_no_key(key)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     stopped, shown = threading.Event(), None
@@ -95,17 +95,6 @@ def _failed(output: Path, asked: set[str]) -> str:
     which, (first, *others) = f"line{'s' if len(failed) > 1 else ''} {named} of {output}", failed
     why = f"{'the first, ' if others else ''}{first.custom_id}, {first.reason}"
     return f"{len(failed)} failed: {which} ({why}); --retry-failed asks again"
-
-
-def _check_key(key: str) -> None:
-    """Exit the program if no request can carry the key."""
-    from manta_client.endpoint import check_key
-    from manta_client.errors import InvalidKey
-
-    try:
-        check_key(key)
-    except InvalidKey as error:
-        exit_with_error(str(error), code=WRONG_USAGE)
 
 
 @contextmanager

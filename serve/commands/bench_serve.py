@@ -13,7 +13,7 @@ import typer
 
 from engine.counted import counted
 from serve.commands.progress import progress_shown
-from serve.commands.settings import exit_with_error
+from serve.commands.settings import exit_if_no_key, exit_with_error
 
 if TYPE_CHECKING:
     from serve.load.client import Answer, Api, Target
@@ -63,6 +63,8 @@ def bench_serve(
         exit_with_error(f"--api is {api!r}; it is chat or completions")
     if not (0 < rate < math.inf and 0 < scale < math.inf):
         exit_with_error(f"--rate and --scale must be above 0 and finite, got {rate:g} and {scale:g}")
+    if key:
+        exit_if_no_key(key)
     _check_outputs(json_file, plot)
     from serve.load.client import Target, find_model
     from serve.load.report import Objective, as_json, lines_of, summarise, table_of

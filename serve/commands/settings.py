@@ -39,3 +39,14 @@ def exit_with_error(message: str, *, code: int = FAILED) -> NoReturn:
     for line in message.splitlines():
         typer.echo(f"manta: {line}", err=True)
     raise typer.Exit(code)
+
+
+def exit_if_no_key(key: str) -> None:
+    """Exit the program if no request can carry the API key: the HTTP libraries refuse it as a header, each in its own words."""
+    from manta_client.endpoint import check_key
+    from manta_client.errors import InvalidKey
+
+    try:
+        check_key(key)
+    except InvalidKey as error:
+        exit_with_error(str(error), code=WRONG_USAGE)

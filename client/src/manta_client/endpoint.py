@@ -72,7 +72,7 @@ def is_header_value(text: object) -> bool:
 
 
 def check_key(key: str) -> None:
-    """Refuse an API key that no request can carry. `manta batch`, which speaks HTTP, asks here too.
+    """Refuse an API key that no request can carry. The commands that speak HTTP (`manta batch`, `manta bench serve`) ask here too.
 
     Raises:
         InvalidKey: it has characters that no API key has.

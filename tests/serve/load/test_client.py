@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from manta_client.endpoint import check_key
+from manta_client.errors import InvalidKey
 from typer.testing import CliRunner
 
 from serve.cli import app
@@ -165,6 +167,14 @@ def test_where_results_cannot_be_written_nothing_is_measured(tmp_path: Path) -> 
         assert "cannot be written" in done.stderr or "matplotlib" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--rate", "nan"])
     assert "--rate and --scale must be above 0 and finite" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel", "two\nlines"])
+def test_a_key_that_cannot_be_sent_is_told_in_the_words_of_the_other_commands(key: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "serve", "http://127.0.0.1:9/v1", "--model", "m", "--key", key])
+    with pytest.raises(InvalidKey) as raised:
+        check_key(key)
+    assert (done.exit_code, done.stderr) == (2, f"manta: {raised.value}\n")
 
 
 def answer(*token_s: float, due_s: float = 0.0) -> Answer:
