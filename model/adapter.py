@@ -141,7 +141,9 @@ class Adapter:
             else:
                 self._put(changed_in, self._with_rows(target, module, rows, adapted[target]))
         if unmatched:
-            self._refuse(f"{len(unmatched)} of its tensors do not exist there: {first_few([terminal_safe(name) for name in unmatched])}")
+            do = "does" if len(unmatched) == 1 else "do"
+            names = first_few([terminal_safe(name) for name in unmatched])
+            self._refuse(f"{len(unmatched)} of its tensors {do} not exist there: {names}")
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:

@@ -136,7 +136,7 @@ class RemoteFile:
         content = self._fetch(start, start + length)
         self.bytes_fetched += len(content)
         if len(content) != length:
-            raise OSError(f"{len(content)} bytes came instead of the {length} from byte {start}")
+            raise OSError(f"{length} bytes were asked for from byte {start}, and {len(content)} came")
         return content
 
 

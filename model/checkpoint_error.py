@@ -15,3 +15,8 @@ class CheckpointError(ValueError):
     def __reduce__(self) -> tuple[partial["CheckpointError"], tuple[str]]:
         """Pickle the fields, so that a rank's error can reach another process."""
         return partial(CheckpointError, file=self.file, tensor=self.tensor), (str(self),)
+
+
+def byte_count(number: int) -> str:
+    """``1 byte``, ``2 bytes``. (`engine.counted`, which writes any number of things, is in a package that this one does not import.)"""
+    return "1 byte" if number == 1 else f"{number} bytes"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.byte_source import ByteSource
-from model.checkpoint_error import CheckpointError
+from model.checkpoint_error import CheckpointError, byte_count
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,11 +50,11 @@ def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
     """
     file = source.name
     if source.size < LENGTH_BYTES:
-        raise CheckpointError(f"{file} is truncated or not a safetensors file: it has {source.size} bytes", file=file)
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: it has {byte_count(source.size)}", file=file)
     header_bytes = int.from_bytes(_content(source, 0, LENGTH_BYTES), "little")
     if header_bytes > min(MAX_HEADER_BYTES, source.size - LENGTH_BYTES):
         raise CheckpointError(
-            f"{file} is truncated or not a safetensors file: it has {source.size} bytes, and its header would have {header_bytes}",
+            f"{file} is truncated or not a safetensors file: it has {byte_count(source.size)}, and its header would have {header_bytes}",
             file=file,
         )
     try:
@@ -99,7 +99,9 @@ def _tensor_header(file: str, name: str, entry: Any) -> TensorHeader:
     header = TensorHeader(name, DTYPES[dtype_name], shape, start, stop)
     if prod(shape) * header.dtype.itemsize != header.num_bytes:
         raise CheckpointError(
-            f"{file}: {name} of shape {list(shape)} and dtype {dtype_name} cannot fill {header.num_bytes} bytes", file=file, tensor=name
+            f"{file}: {name} of shape {list(shape)} and dtype {dtype_name} cannot fill {byte_count(header.num_bytes)}",
+            file=file,
+            tensor=name,
         )
     return header
 
@@ -119,10 +121,10 @@ def _check_layout(file: str, headers: dict[str, TensorHeader], weight_bytes: int
         end = header.stop
         if end > weight_bytes:
             raise CheckpointError(
-                f"{file} is truncated: it ends {end - weight_bytes} bytes before {header.name} does", file=file, tensor=header.name
+                f"{file} is truncated: it ends {byte_count(end - weight_bytes)} before {header.name} does", file=file, tensor=header.name
             )
     if end < weight_bytes:
-        raise CheckpointError(f"{file} has {weight_bytes - end} bytes more than its header says", file=file)
+        raise CheckpointError(f"{file} has {byte_count(weight_bytes - end)} more than its header says", file=file)
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:

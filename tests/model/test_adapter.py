@@ -186,7 +186,11 @@ def test_the_merged_weight_is_quantised(tmp_path: Path) -> None:
         (low_rank("model.layers.7.mlp.up_proj", 50, 72), {}, "2 of its tensors do not exist there: base_model.model.model.layers.7"),
         (low_rank("model.layers.0.mlp.experts.3.up_proj", 50, 72), {}, "2 of its tensors do not exist there"),
         (low_rank("model.layers.0.mlp.experts", 50, 72), {}, "2 of its tensors do not exist there"),
-        ({"../../etc/passwd\n.lora_A.weight": torch.ones(4, 72)}, {}, r"do not exist there: base_model\.model\.\.\./\.\./etc/passwd\\n"),
+        (
+            {"../../etc/passwd\n.lora_A.weight": torch.ones(4, 72)},
+            {},
+            r"1 of its tensors does not exist there: base_model\.model\.\.\./\.\./etc/passwd\\n",
+        ),
         ({f"{UP}.{A}": torch.ones(4, 72)}, {}, f"{UP} has lora_A.weight, expected lora_A.weight, lora_B.weight"),
         ({f"\x1b[2J.{A}": torch.ones(4, 72)}, {}, r"\\x1b\[2J has lora_A"),
         ({"\x1b[2J.bias": torch.ones(72)}, {}, r"though bias is none in its configuration: \\x1b\[2J\.bias"),

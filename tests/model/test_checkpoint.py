@@ -95,6 +95,18 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
+def cut_by_one(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def one_byte(file: Path) -> None:
+    file.write_bytes(b"{")
+
+
+def grow_by_one(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
 def cut_in_the_header(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
@@ -146,6 +158,9 @@ def no_offsets(file: Path) -> None:
     ("damage", "what", "tensor"),
     [
         (cut_short, "truncated", "c.weight"),
+        (cut_by_one, "it ends 1 byte before", "c.weight"),
+        (one_byte, "it has 1 byte$", None),
+        (grow_by_one, "has 1 byte more", None),
         (cut_in_the_header, "truncated", None),
         (empty, "truncated", None),
         (grow, "4 bytes more", None),
