@@ -70,6 +70,10 @@ MAX_CALLS_PER_FRONT = 10_000
 """Far above what admission allows, so that the service rejects requests itself, with proper errors, instead of Ray Serve."""
 METRICS_EVERY_S = 2.0
 """How often a front sends its metrics to the other fronts."""
+ACCEPTING_TOPIC = "accepting"
+"""The topic on which fronts have a note while they accept new requests; see `cluster.peer_notes`."""
+ACCEPTING_EVERY_S = 2.0
+"""How often a front renews that note, and learns how many others accept requests."""
 DEMAND_EVERY_S = 0.5
 """How often a front reports its waiting requests to the autoscaler."""
 DISCONNECT_ERRORS = (TaskCancelledError, ActorDiedError)
@@ -171,7 +175,8 @@ class _Front:
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
         instruments, self._peer_metrics = Instruments(front), PeerNotes[Snapshot](app, METRICS_TOPIC, front)
         self._authenticator = NoAuthentication() if config.auth.keys_file is None else KeyAuthenticator(Path(config.auth.keys_file))
-        self._quotas = Quotas(num_fronts=lambda: self._peer_metrics.num_peers + 1)
+        self._accepting = PeerNotes[bool](app, ACCEPTING_TOPIC, front)
+        self._quotas = Quotas(num_fronts=lambda: self._accepting.num_peers + 1)
         names = [model.name for model in models]
         self._request_metrics = request_metrics = RequestMetrics(instruments, names)
         observers: list[Observer] = [request_metrics, self._quotas]
@@ -185,6 +190,7 @@ class _Front:
         self._gate = DrainGate(IdempotentService(self._catalog), on_refusal=request_metrics.refused)
         self._metrics = MetricsPage(instruments, self._routers, self._peer_metrics, self._gate)
         self._peer_metrics.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
+        self._accepting.keep_publishing(lambda: None if self._gate.draining else True, every_s=ACCEPTING_EVERY_S)
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(
@@ -265,6 +271,7 @@ class _Front:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(asyncio.to_thread(self._tracing.close), SPANS_S)
             await self._peer_metrics.close()
+            await self._accepting.close()
             await self._demand.close()
             for router in self._routers:
                 await router.close()

@@ -62,8 +62,8 @@ def _filled(bucket: Bucket | None, limit: int | None, parts: int, now_s: float) 
 class Quotas:
     """An observer of requests that refuses those beyond their key's quota.
 
-    Each of several fronts grants its share of a quota; ``num_fronts`` returns how many there are. A client that balances evenly over
-    them gets the whole quota.
+    Each of several fronts grants its share of a quota; ``num_fronts`` returns how many accept requests. A client that balances
+    evenly over them gets the whole quota.
     """
 
     def __init__(self, *, num_fronts: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.monotonic) -> None:
