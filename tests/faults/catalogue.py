@@ -6,7 +6,7 @@ import os
 import random
 import resource
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import psutil
@@ -15,6 +15,7 @@ from engine.failpoints import Failure, arm, disarm, has_fired
 from tests.faults import side_requests
 from tests.faults.server import Victims
 from tests.faults.side_requests import SideRequests
+from tests.processes import kill
 
 MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
 FRONT_LOST = frozenset({"503 unavailable"})
@@ -57,15 +58,6 @@ class Fault:
     """Half of the clients disconnect in the middle of their streams."""
     keeps_coming: bool = False
     """New streams are started until the fault has ended."""
-
-
-def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
-    pids = set()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-            pids.add(process.pid)
-    return frozenset(pids)
 
 
 def one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Process:

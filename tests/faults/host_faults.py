@@ -7,9 +7,10 @@ from typing import cast
 
 import psutil
 
-from tests.faults.catalogue import Catalogue, Fault, Inject, Injected, kill
+from tests.faults.catalogue import Catalogue, Fault, Inject, Injected
 from tests.faults.host_server import Host, HostVictims
 from tests.faults.server import BUSY_S, Victims
+from tests.processes import kill
 from tests.system.network import Cut
 from tests.system.ray_host import has_ended
 from tests.system.server import eventually

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults.server import LIMITS, Shape, Victims
+from tests.processes import kill, name_of
 from tests.system.network import Network, network
 from tests.system.ray_host import Place, RayHost, has_ended, ray_head, ray_worker
 from tests.system.tiny_model import write_tiny
@@ -62,9 +63,7 @@ class Host:
     def kill(self) -> frozenset[int]:
         """Kill all processes at once, as a power failure would. Returns their pids."""
         family = self.family()
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(family)
         self.ray.process.wait()
         return frozenset(process.pid for process in family)
 
@@ -73,9 +72,7 @@ class Host:
         seen = self._seen
         self.kill()
         self.close()
-        for process in seen:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(seen)
         self._stack = ExitStack()
         self.ray = self._stack.enter_context(self._start())
         self._seen = []
@@ -116,7 +113,7 @@ class Hosts:
 
     @property
     def lines(self) -> list[str]:
-        return [f"{host.name}: {process.pid} {process.name()}" for host in self.all for process in host.family()]
+        return [f"{host.name}: {process.pid} {name_of(process)}" for host in self.all for process in host.family()]
 
 
 @dataclass

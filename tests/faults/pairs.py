@@ -7,8 +7,9 @@ import resource
 
 import psutil
 
-from tests.faults.catalogue import FAULTS, Fault, Inject, Injected, kill, one_of
+from tests.faults.catalogue import FAULTS, Fault, Inject, Injected, one_of
 from tests.faults.server import Victims
+from tests.processes import kill
 
 PAIRED = (
     ("controller_killed", "replica_killed"),

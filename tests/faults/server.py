@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc
+from tests.processes import is_alive, named
 from tests.system.server import serving
 from tests.system.tiny_model import write_tiny
 
@@ -86,12 +87,7 @@ class Victims:
         return self.server.grpc.removeprefix("grpc://")
 
     def named(self, *beginnings: str) -> list[psutil.Process]:
-        found = []
-        for process in self.server.descendants:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.name().startswith(beginnings) and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.pid)
+        return sorted(filter(is_alive, named(self.server.descendants, *beginnings)), key=lambda process: process.pid)
 
     def ranks(self) -> list[psutil.Process]:
         return self.named("ray::Worker")

@@ -7,8 +7,9 @@ from functools import partial
 
 from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm, has_fired
 from tests.faults import side_requests
-from tests.faults.catalogue import FRONT_LOST, Fault, Inject, Injected, kill
+from tests.faults.catalogue import FRONT_LOST, Fault, Inject, Injected
 from tests.faults.server import Victims
+from tests.processes import kill
 
 HITS = (1, 2, 5)
 FEWER_HITS = {"rank.load": (1,), "replica.start": (1,), "replica.recover": (1,), "replica.heartbeat": (1, 2), "router.resume": (1, 2)}

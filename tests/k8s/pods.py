@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from tests.processes import kill
+
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.213.77"
 TRIES = 5
@@ -210,6 +212,5 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
     process.wait(10)
     _, left = psutil.wait_procs(family, timeout=5)
-    for one in left:
-        one.kill()
+    kill(left)
     psutil.wait_procs(left, timeout=5)

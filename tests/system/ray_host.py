@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from serve import proxy_hook
+from tests.processes import kill
 from tests.system.server import eventually, free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +208,5 @@ def end_host(process: "subprocess.Popen[bytes]") -> None:
         process.wait(5)
         grace_s = 0.0
     _, left = psutil.wait_procs(family, timeout=grace_s)
-    for one in left:
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            one.kill()
+    kill(left)
     psutil.wait_procs(left, timeout=5)

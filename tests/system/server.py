@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.processes import command_of, kill, named
+
 START_S = 240.0
 END_S = 30.0
 PORTS = range(20_000, 30_000)
@@ -44,11 +46,11 @@ class Server:
 
     def fronts(self) -> list[psutil.Process]:
         """The processes that speak HTTP and gRPC behind the proxy: replicas of Ray Serve's deployment of that name."""
-        return [process for process in self.descendants if "FrontDeployment" in " ".join(process.cmdline())]
+        return [process for process in self.descendants if "FrontDeployment" in " ".join(command_of(process))]
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks: Ray actors named after their method."""
-        return [process for process in self.descendants if process.name().startswith("ray::Worker")]
+        return named(self.descendants, "ray::Worker")
 
 
 @contextmanager
@@ -87,8 +89,7 @@ def _end(server: Server) -> None:
         process.wait(END_S)
     finally:
         _, left = psutil.wait_procs(family, timeout=20)
-        for one in left:
-            one.kill()
+        kill(left)
         if process.poll() is None:
             process.kill()
     assert not left, f"left behind: {left}"

@@ -6,6 +6,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from tests.processes import named
 from tests.serve.bad_input.checks import MOST_GROWTH_BYTES, Target, least_growth, refused_over_grpc, refused_over_http, resident, targeted
 from tests.serve.bad_input.framing import Framing, framings, refused_on_the_socket
 from tests.serve.bad_input.table import MODEL, Row, rows
@@ -20,7 +21,7 @@ ROWS, FRAMINGS = rows(), framings(model=MODEL)
 
 def living(server: Server) -> list[psutil.Process]:
     """Proxy, fronts and ranks."""
-    proxies = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+    proxies = named(server.descendants, "ray::ProxyActor")
     assert proxies
     return [*proxies, *server.fronts(), *server.ranks()]
 

@@ -18,6 +18,7 @@ import pytest
 from manta_client import AsyncClient, MantaError
 
 from serve.grpc.generated import service_pb2, service_pb2_grpc
+from tests.processes import named
 from tests.system.server import Server, eventually, serving
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -121,7 +122,7 @@ def _sum(url: str, name: str) -> float:
 
 def test_clients_that_go_at_any_moment_leave_nothing_behind(demo_folder: Path, ray_folder: Path) -> None:
     with serving(str(demo_folder), "--name", "demo", "--set", f"ray.temp_dir={ray_folder}") as server:
-        proxies = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+        proxies = named(server.descendants, "ray::ProxyActor")
         asyncio.run(all_of_them(server))
         eventually(lambda: _sum(server.url, "manta_requests_in_progress") == 0)
         eventually(lambda: _sum(server.url, "manta_requests_running") + _sum(server.url, "manta_requests_waiting") == 0)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from manta_client import Client
 
+from tests.processes import name_of
 from tests.system.ray_host import ROOT, RayHost, ray_head
 from tests.system.server import eventually, free_ports
 
@@ -76,7 +77,12 @@ def test_a_submitted_job_serves_and_a_stopped_one_leaves_nothing(bare_head: RayH
         assert client.chat.create(**ASKED).text == answer(http)
     eventually(lambda: "Manta serves demo: 1 replica of 2 ranks" in logs(), 60)
     bare_head.run("ray", "job", "stop", "--address", bare_head.dashboard, job[0])
-    eventually(lambda: not any("EngineDeployment" in process.name() or "Worker" in process.name() for process in bare_head.descendants), 60)
+    eventually(lambda: not _has(bare_head, "EngineDeployment", "Worker"), 60)
+
+
+def _has(host: RayHost, *parts: str) -> bool:
+    """Whether a process of the host has one of ``parts`` in its name."""
+    return any(part in name_of(process) for process in host.descendants for part in parts)
 
 
 def test_up_status_up_again_and_down(demo_folder: Path) -> None:
@@ -102,7 +108,7 @@ def test_up_status_up_again_and_down(demo_folder: Path) -> None:
         refused = head.run(*MANTA, "down", check=False)
         assert refused.returncode == 1
         assert "the cluster has no application 'manta'" in refused.stderr
-        eventually(lambda: not any("EngineDeployment" in process.name() for process in head.descendants), 60)
+        eventually(lambda: not _has(head, "EngineDeployment"), 60)
 
 
 def test_an_application_whose_removal_was_killed_before_its_order_is_replaced_by_the_same(demo_folder: Path) -> None:
@@ -140,7 +146,7 @@ def test_streams_of_a_removed_application_end_in_order_even_if_its_removal_is_ki
             process = removal()
             process.send_signal(number)
             assert json.loads(running.result(60)[-1])["error"]["code"] == "draining"
-            eventually(lambda: not any("EngineDeployment" in each.name() for each in head.descendants), 60)
+            eventually(lambda: not _has(head, "EngineDeployment"), 60)
             process.wait(60)
 
 

@@ -18,6 +18,7 @@ from manta_client import Client
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc, service_pb2, service_pb2_grpc
 from tests.faults.streams import Ask, Seen, follow, golden_of
 from tests.history import History, violations
+from tests.processes import named
 from tests.system.server import Server, eventually, serving
 from tests.system.tiny_model import write_tiny
 
@@ -128,13 +129,13 @@ async def open_requests(server: Server) -> int:
 
 def held_bytes(server: Server) -> int:
     """By the proxy and the front."""
-    proxies = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+    proxies = named(server.descendants, "ray::ProxyActor")
     return sum(process.memory_info().rss for process in (*proxies, *server.fronts()))
 
 
 def test_a_killed_proxy_is_back_while_its_old_connections_cool_down_and_the_library_goes_on(server: Server) -> None:
     asked: Any = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "temperature": 1.0, "seed": 3}
-    (proxy,) = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+    (proxy,) = named(server.descendants, "ray::ProxyActor")
     with httpx.Client(base_url=server.url, timeout=30) as client, Client(server.grpc, timeout=300) as library:
         assert client.get("/readyz").status_code == 200
         undisturbed = library.completions.create(**asked)

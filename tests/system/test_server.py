@@ -1,6 +1,5 @@
 """The demo server as a user has it: two ranks, two fronts, real clients, and a rank that dies."""
 
-import contextlib
 import json
 import re
 import signal
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from manta_client import AsyncClient, Client
 
+from tests.processes import command_of
 from tests.system.server import Server, eventually, serving
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -189,12 +189,6 @@ def test_a_compiler_of_grammars_waits_for_the_first_who_needs_it(server):
         return sum("serve.structured.compiler_process" in " ".join(command_of(process)) for process in server.descendants)
 
     assert eventually(lambda: compiler() >= 1, 120)
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):  # it has just ended
-        return process.cmdline()
-    return []
 
 
 def test_both_fronts_listen_on_loopback_only(server):

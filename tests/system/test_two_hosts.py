@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import named
 from tests.system.network import Network, network, possible
 from tests.system.ray_host import RayHost, ray_head, ray_worker
 from tests.system.server import eventually
@@ -135,12 +136,12 @@ def expected(hosts: Hosts, models: dict[str, Path], tmp_path_factory: pytest.Tem
 
 
 def ranks(host: RayHost) -> list[psutil.Process]:
-    return [process for process in host.descendants if process.name().startswith("ray::Worker")]
+    return named(host.descendants, "ray::Worker")
 
 
 def listening(host: RayHost) -> set[str]:
     """Addresses on which the processes of ranks and replica listen."""
-    ours = [process for process in host.descendants if process.name().startswith(("ray::Worker", "ray::ServeReplica"))]
+    ours = named(host.descendants, "ray::Worker", "ray::ServeReplica")
     own = {f"{process.pid}" for process in ours}
     told = subprocess.run([*host.place.prefix(), "ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
     return {line.split()[3].rpartition(":")[0] for line in told.splitlines() if any(f"pid={pid}," in line for pid in own)}
