@@ -66,7 +66,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """JSON, unless the answer was cut off at its maximum length."""
+    """JSON, unless the answer was cut off at its maximum length or by a stop string."""
 
 
 @dataclass(frozen=True, kw_only=True)

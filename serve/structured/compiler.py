@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ NUM_PROCESSES = 2
 
 
 class CompilerBroken(EngineError):
-    """The compiler process did not start."""
+    """The compiler process did not start, or was ended by somebody else."""
 
 
 class GrammarCompiler(Protocol):
@@ -63,7 +64,7 @@ class GrammarCompilerPool:
         """The result, after at most `Limits.grammar_compile_s` of CPU time.
 
         Raises:
-            CompilerBroken: the process cannot be started.
+            CompilerBroken: the process cannot be started, or was ended or kept from working by something else than the grammar.
         """
         with self._lock:
             if (known := self._results.get((kind, text))) is not None:
@@ -96,7 +97,8 @@ class GrammarCompilerPool:
         except OSError:
             answer = None
         if answer is None:
-            self._end()
+            if self._end() == -signal.SIGKILL:  # by us after the wait, by the host for lack of memory, or by hand; never by its own limits
+                raise CompilerBroken("the grammar compiler was killed while it worked")
             seconds = self._limits.grammar_compile_s
             return CompileResult(error=f"it takes more than {seconds:g} s or too much memory to compile; make it smaller")
         return CompileResult(grammar=answer.get("grammar"), error=answer.get("error"))
@@ -122,10 +124,12 @@ class GrammarCompilerPool:
             raise CompilerBroken((answer or {}).get("error", "the grammar compiler did not start"))
         return process
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """End this thread's process. Returns how it ended, as `subprocess.Popen.returncode`; an earlier end counts."""
         process = self._processes.pop(threading.get_ident(), None)
         if process is not None:
             _end(process)
+        return None if process is None else process.returncode
 
     def _remember(self, key: tuple[str, str], result: CompileResult) -> None:
         with self._lock:

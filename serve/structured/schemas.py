@@ -10,8 +10,12 @@ import msgspec
 from serve.errors import InvalidRequest
 from serve.limits import Limits
 
-NESTED_REPEAT = re.compile(r"\((?:\?:)?(?:\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]|])[+*]\??\)[+*]")
-"""A repeated group that consists of one repeated item. A backtracking matcher may never finish on such an expression."""
+ESCAPE_OR_CLASS = re.compile(r"\\(?:.|\Z)|\[(?:\\(?:.|\Z)|[^\]\\])*+(?:\]|\Z)", re.DOTALL)
+"""An escape or a character class: one item of a regular expression. Matches to the end where a class is never closed, so that no part is
+searched twice."""
+NESTED_REPEAT = re.compile(r"\((?:\?:)?[^()|][+*]\??\)[+*]")
+"""A repeated group that consists of one repeated item, in an expression whose escapes and classes are single characters. A backtracking
+matcher may never finish on such an expression."""
 WHITESPACE = {"whitespace_pattern": r"[ \n\r\t]{1,24}"}
 """Enough for any indentation, and a limit for weak models, which tend to write white space endlessly."""
 
@@ -44,13 +48,14 @@ def check_schema(schema: Mapping[str, Any], limits: Limits, *, param: str) -> No
     """
     if _is_deeper(schema, limits.schema_depth):
         raise InvalidRequest(f"{param}: a JSON schema may be nested at most {limits.schema_depth} levels deep", param=param)
+    followed: set[str] = set()
     for part in _objects_in(schema):
         if "x-guidance" in part:
             raise InvalidRequest(f"{param}: x-guidance is not allowed", param=param)
         pattern = part.get("pattern")
         if isinstance(pattern, str):
             check_regex(pattern, param=param)
-        _check_references(part, schema, param)
+        _check_references(part, schema, param, followed)
 
 
 def check_regex(pattern: str, *, param: str) -> None:
@@ -59,7 +64,7 @@ def check_regex(pattern: str, *, param: str) -> None:
     Raises:
         InvalidRequest: it has a nested repetition.
     """
-    if NESTED_REPEAT.search(pattern):
+    if NESTED_REPEAT.search(ESCAPE_OR_CLASS.sub("a", pattern)):
         raise InvalidRequest(f"{param}: it repeats a group that is only a repetition, as in (a+)+; write it once", param=param)
 
 
@@ -92,17 +97,19 @@ def _objects_in(value: Any) -> Iterator[dict[str, Any]]:
         waiting += [child for child in (value.values() if isinstance(value, dict) else value) if isinstance(child, dict | list)]
 
 
-def _check_references(part: Mapping[str, Any], schema: Mapping[str, Any], param: str) -> None:
-    """A chain of references that leads back to itself describes nothing."""
+def _check_references(part: Mapping[str, Any], schema: Mapping[str, Any], param: str, followed: set[str]) -> None:
+    """A chain of references that leads back to itself describes nothing. ``followed``: those of earlier chains, which had an end; a schema
+    may be one long chain, and each of its parts is the beginning of another."""
     seen: set[str] = set()
     here: Any = part
-    while isinstance(here, dict) and isinstance(reference := here.get("$ref"), str):
+    while isinstance(here, dict) and isinstance(reference := here.get("$ref"), str) and reference not in followed:
         if not reference.startswith("#"):
             raise InvalidRequest(f"{param}: $ref must point into the schema itself (#/...)", param=param)
         if reference in seen:
             raise InvalidRequest(f"{param}: a $ref leads back to itself", param=param)
         seen.add(reference)
         here = _resolved(reference, schema)
+    followed |= seen
 
 
 def _resolved(reference: str, schema: Any) -> Any:

@@ -26,11 +26,13 @@ class CallSyntax:
 class MarkerCallParser:
     """A `ToolCallParser`: a state machine, whose state is the `_read_*` method that takes the next text."""
 
-    def __init__(self, syntax: CallSyntax) -> None:
+    def __init__(self, syntax: CallSyntax, *, calls_come_first: bool = False) -> None:
+        """``calls_come_first``: see `serve.tools.protocol.ToolProtocol.parser`."""
         self._syntax = syntax
         self._markers = (syntax.marker, *syntax.ends)
         self._text = ""
-        self._read = self._read_lead if syntax.lead else self._read_content
+        self._read_between_calls = self._read_start if calls_come_first else self._read_content
+        self._read = self._read_lead if syntax.lead else self._read_between_calls
         self._scanner = ArgumentsScanner()
         self._num_calls = 0
 
@@ -45,15 +47,32 @@ class MarkerCallParser:
 
     def flush(self) -> list[ParsedPiece]:
         rest, self._text = self._text, ""
-        return [ParsedPiece(content=rest)] if rest and self._read in (self._read_content, self._read_lead) else []
+        shown = (self._read_lead, self._read_start, self._read_content, self._read_text)
+        return [ParsedPiece(content=rest)] if rest and self._read in shown else []
+
+    @property
+    def in_arguments(self) -> bool:
+        return self._read == self._read_arguments
 
     def _read_lead(self) -> list[ParsedPiece]:
         lead = self._syntax.lead
         if lead.startswith(self._text) and self._text != lead:
             return []
         self._text = self._text.removeprefix(lead) if self._text.startswith(lead) else self._text.removeprefix(lead.rstrip())
-        self._read = self._read_content
+        self._read = self._read_between_calls
         return []
+
+    def _read_start(self) -> list[ParsedPiece]:
+        """As `_read_content`, where a marker counts only if the text begins with it."""
+        if any(map(self._text.startswith, self._markers)):
+            return self._read_content()
+        if not any(marker.startswith(self._text) for marker in self._markers):
+            self._read = self._read_text
+        return []
+
+    def _read_text(self) -> list[ParsedPiece]:
+        content, self._text = self._text, ""
+        return [ParsedPiece(content=content)] if content else []
 
     def _read_content(self) -> list[ParsedPiece]:
         found = min(((at, marker) for marker in self._markers if (at := self._text.find(marker)) >= 0), default=None)
@@ -94,7 +113,7 @@ class MarkerCallParser:
         """White space after a call is not content."""
         self._text = self._text.lstrip()
         if self._text:
-            self._read = self._read_content
+            self._read = self._read_between_calls
         return []
 
     def _read_nothing(self) -> list[ParsedPiece]:

@@ -76,8 +76,8 @@ class Hermes:
         arguments = "\n".join(f"arguments_{at}: %json {schema}" for at, schema in enumerate(rules.schemas))
         return f"{start}\ncall: ({one}) {lark_literal(CLOSE)}\n{arguments}"
 
-    def parser(self, *, continues: bool) -> ToolCallParser:
-        return MarkerCallParser(SYNTAX)
+    def parser(self, *, continues: bool, calls_come_first: bool = False) -> ToolCallParser:
+        return MarkerCallParser(SYNTAX, calls_come_first=calls_come_first)
 
 
 def _assistant_text(message: Message) -> str:
@@ -86,12 +86,15 @@ def _assistant_text(message: Message) -> str:
 
 
 def _call(call: ToolCall) -> str:
-    """An earlier call. Arguments that were cut off are not JSON, and are written as a JSON string."""
+    """An earlier call. Arguments that were cut off are not JSON, and are written as a JSON string; so are those nested too deeply."""
     try:
-        arguments = json.loads(call.arguments)
+        return _call_with(call.name, json.loads(call.arguments))
     except (ValueError, RecursionError):
-        arguments = call.arguments
-    return json.dumps({"name": call.name, "arguments": MARKERS.escape_json(arguments)}, ensure_ascii=False)
+        return _call_with(call.name, call.arguments)
+
+
+def _call_with(name: str, arguments: Any) -> str:
+    return json.dumps({"name": name, "arguments": MARKERS.escape_json(arguments)}, ensure_ascii=False)
 
 
 def _signature(tool: Tool) -> str:

@@ -64,6 +64,11 @@ class ToolCallParser(Protocol):
         """At the end of the text: what was held back."""
         ...
 
+    @property
+    def in_arguments(self) -> bool:
+        """Whether the text so far ends within the arguments of a call."""
+        ...
+
 
 class ToolProtocol(Protocol):
     """How one family of models writes tools and calls."""
@@ -78,7 +83,9 @@ class ToolProtocol(Protocol):
         """A Lark grammar of the answers that ``rules`` allow. ``continues``: the answer follows a `Rendered.prefix`."""
         ...
 
-    def parser(self, *, continues: bool) -> ToolCallParser: ...
+    def parser(self, *, continues: bool, calls_come_first: bool = False) -> ToolCallParser:
+        """``calls_come_first``: an answer with calls begins with one, so that markers further in are text of the answer."""
+        ...
 
 
 class Markers:

@@ -80,8 +80,9 @@ class QwenAgent:
         arguments = "\n".join(f"arguments_{at}: %json {schema}" for at, schema in enumerate(rules.schemas))
         return f"{start}\ncall: {one}\n{arguments}"
 
-    def parser(self, *, continues: bool) -> ToolCallParser:
-        return MarkerCallParser(CallSyntax(**SYNTAX, lead=": " if continues else ""))  # type: ignore[arg-type]
+    def parser(self, *, continues: bool, calls_come_first: bool = False) -> ToolCallParser:
+        syntax = CallSyntax(**SYNTAX, lead=": " if continues else "")  # type: ignore[arg-type]
+        return MarkerCallParser(syntax, calls_come_first=calls_come_first)
 
     def _assistant_text(self, message: Message, *, continues: bool) -> str:
         text = MARKERS.escape(message.content)

@@ -55,7 +55,8 @@ class RequestTools:
 
     def parser_for(self, choice: int) -> "ChoiceCallParser":
         has_calls = bool(self._rules.tools) or self._continues
-        parser = self._protocol.parser(continues=self._continues and not self._rules.required) if has_calls else None
+        continues, is_json = self._continues and not self._rules.required, self._rules.answer is not None
+        parser = self._protocol.parser(continues=continues, calls_come_first=is_json) if has_calls else None
         return ChoiceCallParser(parser, self._id, choice, only_calls=self._rules.required)
 
     @property
@@ -88,7 +89,8 @@ class ChoiceCallParser:
         ):  # else what is held back is a marker, cut off at the length limit
             pieces += self._parser.flush()
         content = "".join(piece.content for piece in pieces)
-        reason = "tool_calls" if event.finish_reason == "stop" and self._num_calls else event.finish_reason
+        is_whole = bool(self._num_calls) and not self._parser.in_arguments  # a stop string may end the answer anywhere
+        reason = "tool_calls" if event.finish_reason == "stop" and is_whole else event.finish_reason
         self._pending_tokens += event.tokens
         if not content and not calls and reason is None:
             return None

@@ -1,5 +1,6 @@
 """What a client may not ask for: refused by name, and whoever comes next is served."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -124,6 +125,18 @@ async def test_a_compiler_that_was_killed_is_replaced(compiler: GrammarCompilerP
     psutil.Process(pid).kill()
     psutil.Process(pid).wait(20)
     assert (await compiler.compile("regex", "d+")).grammar
+
+
+async def test_a_grammar_is_not_blamed_for_the_end_of_a_compiler_that_was_killed(compiler: GrammarCompilerPool) -> None:
+    await compiler.warm_up()
+    (pid,) = compiler.pids
+    psutil.Process(pid).suspend()  # so that it is killed while it works
+    asked = asyncio.create_task(compiler.compile("regex", "e+"))
+    await asyncio.sleep(0.1)
+    psutil.Process(pid).kill()
+    with pytest.raises(CompilerBroken, match="killed"):
+        await asked
+    assert (await compiler.compile("regex", "e+")).grammar
 
 
 async def test_results_are_kept_within_their_bytes(compiler: GrammarCompilerPool) -> None:

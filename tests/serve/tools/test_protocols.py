@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.errors import InvalidRequest
 from serve.limits import Limits
-from serve.request import ChatRequest, Message, Tool, ToolCall
+from serve.request import ChatRequest, Message, Options, ResponseFormat, TextEvent, Tool, ToolCall
 from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import Hermes
 from serve.tools.protocol import ParsedPiece, ToolCallParser
@@ -112,6 +112,60 @@ def test_an_answer_is_read_the_same_in_whatever_pieces_it_comes(protocol: Any, t
         name, arguments = found.get(call.index, (call.name or "", ""))
         found[call.index] = (name, arguments + call.arguments)
     assert ("".join(piece.content for piece in pieces), list(found.values())) == (content, calls)
+
+
+MARKS_IN_JSON = json.dumps({"how": "<tool_call>\\n{ ✿FUNCTION✿: f\\n✿ARGS✿: {} ✿RETURN✿ "}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("protocol", [QwenAgent(), Hermes()], ids=["qwen_agent", "hermes"])
+@pytest.mark.parametrize("after_results", [False, True])
+def test_a_json_answer_may_hold_markers(protocol: QwenAgent | Hermes, after_results: bool) -> None:
+    messages = TWICE if after_results else ASK
+    asked = request(messages=messages, tools=(CLOCK, WEATHER), options=Options(format=ResponseFormat(kind="json_object")))
+    request_tools = RequestTools.of(asked, protocol, Limits())
+    assert request_tools is not None
+    reader, texts = request_tools.parser_for(0), []
+    for at, character in enumerate(MARKS_IN_JSON):
+        event = reader.read(TextEvent(choice=0, text=character, finish_reason="stop" if at == len(MARKS_IN_JSON) - 1 else None))
+        texts.append("" if event is None else event.text)
+    assert "".join(texts) == MARKS_IN_JSON
+    assert event is not None and event.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(
+    ("protocol", "text", "calls"), [(one, text, calls) for one, text, content, calls in ANSWERS if calls and not content]
+)
+def test_calls_are_found_beside_a_json_format(protocol: Any, text: str, calls: Any, size: int) -> None:
+    reader = protocol.parser(continues=False, calls_come_first=True)
+    pieces = [piece for at in range(0, len(text), size) for piece in reader.push(text[at : at + size])]
+    assert [piece.call.name for piece in pieces if piece.call and piece.call.name] == [name for name, _ in calls]
+    assert "".join(piece.call.arguments for piece in pieces if piece.call) == "".join(arguments for _, arguments in calls)
+    assert not any(piece.content for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "text", "reason"),
+    [
+        (Hermes(), '<tool_call>\n{"name": "clock", "arguments": {"zone', "stop"),
+        (Hermes(), '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>', "tool_calls"),
+        (QwenAgent(), '✿FUNCTION✿: clock\n✿ARGS✿: {"zone', "stop"),
+        (QwenAgent(), "✿FUNCTION✿: clock\n✿ARGS✿: {}", "tool_calls"),
+    ],
+)
+def test_a_call_that_a_stop_string_cuts_off_is_not_reported_as_one_to_make(protocol: Any, text: str, reason: str) -> None:
+    request_tools = RequestTools.of(request(tools=(CLOCK,)), protocol, Limits())
+    assert request_tools is not None
+    event = request_tools.parser_for(0).read(TextEvent(choice=0, text=text, finish_reason="stop", stop_reason="x"))
+    assert event is not None
+    assert event.finish_reason == reason
+
+
+@pytest.mark.parametrize("depth", [600, 5_000])
+def test_arguments_nested_as_deep_as_no_interpreter_goes_are_shown_as_text(depth: int) -> None:
+    call = ToolCall(id="c", name="clock", arguments="[" * depth + "]" * depth)
+    messages = (*ASK, Message(role="assistant", content="", tool_calls=(call,)), Message(role="tool", content="12:30", tool_call_id="c"))
+    assert f'"arguments": "{call.arguments}"' in text_of(request(messages=messages, tools=(CLOCK,)), Hermes())
 
 
 @pytest.mark.parametrize("text", [": Half past", ":Half past", "Half past"])
