@@ -129,7 +129,8 @@ def test_a_json_answer_may_hold_markers(protocol: QwenAgent | Hermes, after_resu
         event = reader.read(TextEvent(choice=0, text=character, finish_reason="stop" if at == len(MARKS_IN_JSON) - 1 else None))
         texts.append("" if event is None else event.text)
     assert "".join(texts) == MARKS_IN_JSON
-    assert event is not None and event.finish_reason == "stop"
+    assert event is not None
+    assert event.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("size", [1, 1000])
