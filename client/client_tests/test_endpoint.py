@@ -18,7 +18,17 @@ def test_an_endpoint_is_read(text: str, target: str, secure: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["http://example.org:80", "grpc://example.org", "grpc://:9000", "grpc://a:port", "grpc://a:1/path", "grpc://a:99999"]
+    "text",
+    [
+        "http://example.org:80",
+        "grpc://example.org",
+        "grpc://:9000",
+        "grpc://a:port",
+        "grpc://a:1/path",
+        "grpc://a:99999",
+        "grpc://[::1",
+        "[localhost]:9000",
+    ],
 )
 def test_what_is_no_endpoint_is_refused_and_the_form_is_named(text: str) -> None:
     with pytest.raises(InvalidEndpoint, match="use grpc://host:port"):

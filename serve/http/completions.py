@@ -1,6 +1,7 @@
 """Places 1 and 14 of a completion request over HTTP: POST /v1/completions."""
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastapi import APIRouter
@@ -35,20 +36,21 @@ def completion_routes(api: HttpApi) -> APIRouter:
         else:
             result = await cancel_on_disconnect(request.receive, service.collect(completion))
             headers |= hold_headers(result.held_s) | context.timing_headers(result.timing)
-            response = json_response(text_completion(context, result, with_logprobs=body.logprobs is not None), headers=headers)
+            response = json_response(text_completion(context, result, body), headers=headers)
         trace_place(14, context.id)
         return response
 
     return routes
 
 
-def text_completion(context: RequestContext, result: Result, *, with_logprobs: bool) -> dict[str, Any]:
+def text_completion(context: RequestContext, result: Result, body: CompletionBody) -> dict[str, Any]:
     """The ``text_completion`` object."""
+    with_logprobs = body.logprobs is not None
     choices = [
         {
             "index": choice.choice,
             "text": choice.text,
-            "logprobs": _logprobs((*choice.prompt_tokens, *choice.tokens), 0) if with_logprobs else None,
+            "logprobs": _logprobs(choice.prompt_tokens, choice.tokens, TextOffsets(body)) if with_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
@@ -63,24 +65,23 @@ class CompletionStreamFormat:
     def __init__(self, context: RequestContext, body: CompletionBody) -> None:
         self._context, self._with_logprobs = context, body.logprobs is not None
         self._with_usage, self._with_running_usage = body.wants_usage, body.wants_running_usage
-        self._offsets: dict[int, int] = {}
-        """Characters of each choice's tokens so far, for ``text_offset``."""
+        self._body = body
+        self._offsets: dict[int, TextOffsets] = {}
+        """Of each choice."""
 
     def start(self) -> tuple[dict[str, Any], ...]:
         return ()
 
     def event(self, event: TextEvent) -> tuple[dict[str, Any], ...]:
-        tokens = (*event.prompt_tokens, *event.tokens)
-        has_logprobs = self._with_logprobs and bool(tokens)
+        has_logprobs = self._with_logprobs and bool(event.prompt_tokens or event.tokens)
         if not (event.text or event.finish_reason or has_logprobs):
             return ()
         choice: dict[str, Any] = {"index": event.choice, "text": event.text, "logprobs": None, "finish_reason": event.finish_reason}
         if event.finish_reason:
             choice["stop_reason"] = event.stop_reason
         if has_logprobs:
-            start = self._offsets.get(event.choice, 0)
-            choice["logprobs"] = _logprobs(tokens, start)
-            self._offsets[event.choice] = start + sum(len(token.text) for token in tokens)
+            offsets = self._offsets.setdefault(event.choice, TextOffsets(self._body))
+            choice["logprobs"] = _logprobs(event.prompt_tokens, event.tokens, offsets)
         return (self._chunk([choice], event.usage_so_far if self._with_running_usage else None),)
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -97,19 +98,46 @@ class CompletionStreamFormat:
         return chunk
 
 
-def _logprobs(tokens: tuple[TextToken, ...], start: int) -> dict[str, list[Any]]:
-    """The parallel lists of the older API. A prompt's first token has null log-probabilities.
+class TextOffsets:
+    """Where in a choice's text its tokens begin, in characters. A token that begins within a character has that character's place.
 
-    start=0, tokens "Hel" "lo" "!":  text_offset 0 3 5
+    "Hel" "lo" "!":  0 3 5
     """
+
+    def __init__(self, body: CompletionBody) -> None:
+        self._echoes_control_tokens = isinstance(body.prompt[0], str)  # the client's own text is echoed as it is
+        self._at = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of_prompt(self, tokens: Iterable[TextToken]) -> list[int]:
+        """Of all tokens of the prompt. The answer's text does not continue a character of the prompt's."""
+        offsets = [self._take(token, shows=token.of_text or self._echoes_control_tokens) for token in tokens]
+        self._at += len(self._decoder.decode(b"", final=True))
+        return offsets
+
+    def of_answer(self, tokens: Iterable[TextToken]) -> list[int]:
+        """Of the next tokens of the answer."""
+        return [self._take(token, shows=token.of_text) for token in tokens]
+
+    def _take(self, token: TextToken, *, shows: bool) -> int:
+        if not shows:
+            return self._at
+        self._at += len(self._decoder.decode(token.raw[:1]))
+        is_whole_character = bool(token.raw) and not self._decoder.getstate()[0]
+        offset = self._at - is_whole_character
+        self._at += len(self._decoder.decode(token.raw[1:]))
+        return offset
+
+
+def _logprobs(prompt: tuple[TextToken, ...], answer: tuple[TextToken, ...], offsets: TextOffsets) -> dict[str, list[Any]]:
+    """The parallel lists of the older API. A prompt's first token has null log-probabilities."""
     columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
+    columns["text_offset"] = (offsets.of_prompt(prompt) if prompt else []) + offsets.of_answer(answer)
+    for token in (*prompt, *answer):
         scored = token.logprobs
         columns["tokens"].append(token.text)
         columns["token_logprobs"].append(scored and scored.logprob)
         columns["top_logprobs"].append(scored and _top_logprobs(token, scored.logprob))
-        columns["text_offset"].append(start)
-        start += len(token.text)
     return columns
 
 

@@ -26,14 +26,14 @@ class Endpoint:
         Raises:
             InvalidEndpoint: it does not have that form.
         """
-        url = urlsplit(text if "://" in text else f"grpc://{text}")
         try:
-            port = url.port
-        except ValueError:
-            port = None
-        if url.scheme not in ("grpc", "grpcs") or not url.hostname or port is None or url.path.strip("/"):
+            url = urlsplit(text if "://" in text else f"grpc://{text}")
+            host, port = url.hostname, url.port
+        except ValueError:  # brackets that are not around an IPv6 address, a port that is no number
+            host = port = None
+        if not host or port is None or url.scheme not in ("grpc", "grpcs") or url.path.strip("/"):
             raise InvalidEndpoint(f"{text!r} is not an endpoint: use grpc://host:port, or grpcs://host:port for TLS")
-        return cls(host=url.hostname, port=port, secure=url.scheme == "grpcs")
+        return cls(host=host, port=port, secure=url.scheme == "grpcs")
 
     @property
     def target(self) -> str:
