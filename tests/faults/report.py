@@ -67,7 +67,8 @@ raises, hangs, or loses the current message or logits. If a point is only reache
 requests, these are added.
 
 - *lost*: streams that ended neither completely nor with a typed error. It must be 0 unless the front itself is killed (T2).
-- *failed*: streams that received an error: those whose own handling raised in a front, and no others.
+- *failed*: streams that received an error: those whose own handling raised in a front, those whose front was killed before it had answered
+  (T2: 503), and no others.
 - *identical*: resumed choices of runs in which no stream differed from the undisturbed one.
 """
 
