@@ -1,5 +1,6 @@
 """What must hold of the processes of a replica, whatever they compute. The ranks are real Ray actors without a model."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -25,7 +26,9 @@ from tests.cluster.fake_ranks import CRASH, CRASH_AND_RAISE, RAISE, SLEEP, SPIN,
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
 LAUNCHER = FakeRankLauncher(topology=Topology(tp=2))
-CONFIG = ReplicaConfig(first_step_timeout_s=20, step_timeout_s=3, start_timeout_s=60)
+CONFIG = ReplicaConfig(first_step_timeout_s=60, step_timeout_s=60, start_timeout_s=60)
+HASTY = dataclasses.replace(CONFIG, step_timeout_s=3)
+"""For tests in which a step is not answered. In any other test a machine that is busy with other things may keep it waiting for longer."""
 
 
 def plan(step: int, token: int = 1) -> StepPlan:
@@ -146,7 +149,7 @@ def test_ranks_leave_nothing_in_their_folder() -> None:
 
 
 def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
-    with executor() as ranks:
+    with executor(config=HASTY) as ranks:
         ranks.submit(plan(0)).result()
         victim = ranks.locations[0]
         assert victim.pid in descendants()
@@ -160,7 +163,7 @@ def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
 
 @pytest.mark.parametrize("command", [SPIN, SLEEP])
 def test_a_rank_that_hangs_in_native_code_does_not_survive_the_deadline(command: int) -> None:
-    with executor() as ranks:
+    with executor(config=HASTY) as ranks:
         ranks.submit(plan(0)).result()
         with pytest.raises(WorkersLost, match="step 1"):
             ranks.submit(plan(1, command)).result()
