@@ -50,6 +50,19 @@ REQUESTS = (
         says="Refused for what they are, by API and error code: clients that send rubbish, a wrong key or an unknown model. Of all models.",
     ),
     Panel(
+        title="Errors at Ray Serve's proxies",
+        unit="reqps",
+        queries=tuple(
+            (
+                f'sum by (error_code) (rate(ray_serve_num_{api}_error_requests_total{{namespace=~"$namespace"}}[$__rate_interval]))',
+                f"{api} {{{{error_code}}}}",
+            )
+            for api in ("http", "grpc")
+        ),
+        says="Ray's own count, so it needs podMonitor. Errors that fronts return, and those of the proxies themselves while no front runs, "
+        "which no metric of Manta has.",
+    ),
+    Panel(
         title="In progress and waiting",
         unit="short",
         queries=(

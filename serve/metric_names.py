@@ -94,8 +94,9 @@ INVALID_REQUESTS = Metric(
     kind=Kind.COUNTER,
     description="Requests refused for what they are, by API (`http`, `grpc`) and the error code that the client received: not JSON or not "
     "protobuf, wrong types or values, too large, an unknown model or path, a missing key. Those of them that could be read, and so name a "
-    "model, are in `manta_request_failures_total` too; the rest are only here. What Ray Serve's proxy refuses itself (broken HTTP, an "
-    "unknown gRPC method) is not counted.",
+    "model, are in `manta_request_failures_total` too; the rest are only here. What does not get past Ray Serve's proxy (broken HTTP, "
+    "an unknown gRPC method) is in no metric, neither Manta's nor Ray's; what the proxy answers itself because no front runs is in Ray's "
+    "`ray_serve_num_http_error_requests_total` and `ray_serve_num_grpc_error_requests_total`, beside all errors that fronts return.",
     labels=("front", "api", "code"),
 )
 PROMPT_TOKENS = _front("manta_prompt_tokens", "Prompt tokens; each prompt is counted once.", alias="vllm:prompt_tokens")

@@ -1,5 +1,6 @@
 """Alerts and dashboards: they ask for nothing that /metrics does not tell, and the alerts fire when they should and only then."""
 
+import inspect
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private import request_ingress_metrics
 
 from k8s.dashboards import DASHBOARDS, FOLDER, dashboard
 from serve.errors import ERROR_MAPPINGS
@@ -38,6 +40,15 @@ def test_only_metrics_are_asked_for_that_are_told() -> None:
     asked = {name for query in queries() for name in re.findall(r"manta_\w+", query)}
     assert len(asked) > 20
     assert asked <= TOLD
+
+
+def test_of_rays_metrics_only_its_proxies_errors_are_asked_for() -> None:
+    """As seen with Ray 2.60 on the port of its metrics agent; Ray itself adds the beginning and the end of these names."""
+    asked = {name for query in queries() for name in re.findall(r"ray_\w+", query)}
+    made = inspect.getsource(request_ingress_metrics)
+    assert 'f"serve_num_{protocol_name}_error_requests"' in made
+    assert '"error_code"' in made
+    assert asked == {f"ray_serve_num_{protocol}_error_requests_total" for protocol in ("http", "grpc")}
 
 
 def test_only_labels_are_chosen_that_the_metric_has() -> None:
