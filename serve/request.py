@@ -26,6 +26,10 @@ class ResponseFormat:
     param: str = "response_format"
     """The client's field, for errors."""
 
+    @property
+    def is_json(self) -> bool:
+        return self.kind in ("json_object", "json_schema")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

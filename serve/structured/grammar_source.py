@@ -29,7 +29,7 @@ def grammar_source_of(wanted: ResponseFormat, limits: Limits) -> GrammarSource:
     Raises:
         InvalidRequest: it is invalid, as far as can be seen without compiling.
     """
-    if wanted.kind in ("json_object", "json_schema"):
+    if wanted.is_json:
         return GrammarSource("lark", f"start: %json {schema_text(wanted, limits)}", wanted.param)
     if wanted.kind == "choice":
         if not 1 <= len(wanted.choices) <= limits.guided_choices or not all(wanted.choices):

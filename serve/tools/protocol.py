@@ -45,6 +45,9 @@ class CallRules:
     """The JSON schema of each tool's arguments, as `serve.structured` writes it."""
     answer: str | None = None
     """JSON schema of an answer that is not a call; None: any text."""
+    has_own_grammar: bool = False
+    """The answer has a format other than JSON, and no tool may be called: the grammar is the format's, not the protocol's, and applies from
+    the answer's first character."""
 
 
 @dataclass(frozen=True, slots=True)

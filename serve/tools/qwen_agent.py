@@ -106,6 +106,8 @@ class QwenAgent:
 
     def _prefix(self, content: str, rules: CallRules) -> str:
         """Without the last ": ", which may be one token together with what follows. A call begins on a line of its own."""
+        if rules.has_own_grammar:
+            return content
         return f"{content}\n" if rules.required else content.removesuffix(": ")
 
 

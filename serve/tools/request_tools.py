@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from serve.limits import Limits
 from serve.request import ChatRequest, TextEvent, TextToken, Tool, ToolCallDelta
-from serve.structured.grammar_source import GrammarSource, schema_text
+from serve.structured.grammar_source import GrammarSource, grammar_source_of, schema_text
 from serve.structured.schemas import read_schema, with_whitespace
 from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import CALL, Hermes
@@ -26,7 +26,7 @@ class RequestTools:
 
     def __init__(self, request: ChatRequest, protocol: ToolProtocol, limits: Limits) -> None:
         """``request`` is valid (`serve.validation`)."""
-        self._request, self._protocol = request, protocol
+        self._request, self._protocol, self._limits = request, protocol, limits
         wanted = request.options.format
         shown = () if request.tool_choice == "none" else request.offered_tools
         tools = tuple(tool for tool in shown if request.tool_choice != "function" or tool.name == request.tool_name)
@@ -36,7 +36,8 @@ class RequestTools:
             required=bool(tools) and request.tool_choice != "auto",
             parallel=request.parallel_tool_calls,
             schemas=[_arguments_schema(tool, at, limits) for at, tool in enumerate(tools)],
-            answer=None if wanted is None else schema_text(wanted, limits),
+            answer=schema_text(wanted, limits) if wanted is not None and wanted.is_json else None,
+            has_own_grammar=wanted is not None and not wanted.is_json,
         )
         self.rendered: Rendered = protocol.render(request.messages, self._rules)
 
@@ -50,11 +51,13 @@ class RequestTools:
     def grammar_source(self) -> GrammarSource:
         """The grammar of the answer: every call is complete and fits its schema, and other text contains no part of a call."""
         wanted = self._request.options.format
+        if wanted is not None and self._rules.has_own_grammar:
+            return grammar_source_of(wanted, self._limits)
         param = wanted.param if wanted is not None and not self._rules.tools else "tools"
         return GrammarSource("lark", self._protocol.grammar(self._rules, continues=self._continues), param)
 
     def parser_for(self, choice: int) -> "ChoiceCallParser":
-        has_calls = bool(self._rules.tools) or self._continues
+        has_calls = bool(self._rules.tools) or (self._continues and not self._rules.has_own_grammar)
         continues, is_json = self._continues and not self._rules.required, self._rules.answer is not None
         parser = self._protocol.parser(continues=continues, calls_come_first=is_json) if has_calls else None
         return ChoiceCallParser(parser, self._id, choice, only_calls=self._rules.required)

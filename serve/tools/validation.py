@@ -21,6 +21,9 @@ def check_tools(request: ChatRequest, limits: Limits) -> None:
     """
     if len(request.tools) > limits.tools:
         raise InvalidRequest(f"tools has {len(request.tools)} entries, and may have at most {limits.tools}", param="tools")
+    num_chars = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in request.tools)
+    if num_chars > limits.tools_chars:  # before any schema is read: they may be megabytes
+        raise InvalidRequest(f"all tools together may have at most {limits.tools_chars} characters", param="tools")
     names = [tool.name for tool in request.tools]
     for at, tool in enumerate(request.tools):
         param = f"tools[{at}].function"
@@ -32,9 +35,6 @@ def check_tools(request: ChatRequest, limits: Limits) -> None:
         schema = read_schema(tool.parameters, limits, param=f"{param}.parameters")
         if schema.get("type", "object") != "object":
             raise InvalidRequest(f"{param}.parameters must describe an object", param=f"{param}.parameters")
-    num_chars = sum(len(tool.name + tool.description + tool.parameters) for tool in request.tools)
-    if num_chars > limits.tools_chars:
-        raise InvalidRequest(f"all tools together may have at most {limits.tools_chars} characters", param="tools")
     _check_choice(request, names)
 
 
@@ -55,7 +55,7 @@ def _check_choice(request: ChatRequest, names: Sequence[str]) -> None:
         raise InvalidRequest(
             "ignore_eos cannot be combined with tools, because calls end when they are complete; leave it out", param="ignore_eos"
         )
-    if names and wanted is not None and wanted.kind not in ("json_object", "json_schema"):
+    if names and choice != "none" and wanted is not None and not wanted.is_json:
         raise InvalidRequest(f"{wanted.param} cannot be combined with tools; a JSON format can", param=wanted.param)
 
 

@@ -209,6 +209,8 @@ CALL = ToolCall(id="c", name="f", arguments="{}")
         ({"tools": (CLOCK,), "tool_choice": "function", "tool_name": "other"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "7"}, "tool_choice"),
+        ({"tools": (CLOCK,), "options": Options(format=ResponseFormat(kind="regex", text="a", param="guided_regex"))}, "guided_regex"),
+        ({"tools": (Tool(name="f", parameters="{" * 300_000),)}, "tools"),
     ],
 )
 def test_tools_that_cannot_be_offered_are_named(fields: dict[str, Any], param: str) -> None:

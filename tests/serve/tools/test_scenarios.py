@@ -1,6 +1,7 @@
 """Thirty ways to offer tools to a model that knows nothing: every call it makes is whole, known, and fits its schema."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve.request import ChatRequest, ChoiceResult, Options, ToolCall, ToolCallDelta
+from serve.request import ChatRequest, ChoiceResult, Options, ResponseFormat, ToolCall, ToolCallDelta
 from serve.service import Service
 from tests.serve.engine_source import engine_service
-from tests.serve.tools.scenarios_30 import SCENARIOS
+from tests.serve.tools.scenarios_30 import ASK, CLOCK, SCENARIOS, TWICE
 
 QUICK = {name: case for at, (name, case) in enumerate(SCENARIOS.items()) if at % 4 == 0}
 
@@ -83,6 +84,27 @@ async def played(service: Service, case: dict[str, Any], **options: Any) -> list
 @pytest.mark.parametrize("name", QUICK)
 async def test_calls_are_whole_and_fit_their_schemas(service: Service, name: str) -> None:
     await played(service, SCENARIOS[name], max_tokens=150, n=2, logit_bias=eager(service))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ResponseFormat(kind="regex", text=": [ab]{2}<tool_call>✿FUNCTION✿: x"),
+        ResponseFormat(kind="choice", choices=("yes ✿RETURN✿", "no ✿RETURN✿")),
+        ResponseFormat(kind="grammar", text='start: ("a" | "b") "✿RESULT✿: c"'),
+    ],
+    ids=lambda form: form.kind,
+)
+@pytest.mark.parametrize(
+    "conversation", [{"messages": TWICE}, {"messages": ASK, "tools": (CLOCK,), "tool_choice": "none"}], ids=["after", "none"]
+)
+async def test_an_answer_without_calls_may_have_any_format(service: Service, conversation: dict[str, Any], form: ResponseFormat) -> None:
+    request = ChatRequest(request_id="r", model="random", options=Options(format=form, seed=1, max_tokens=80), **conversation)
+    (choice,) = (await service.collect(request)).choices
+    assert choice.finish_reason == "stop"
+    assert not choice.tool_calls
+    expected = {"regex": r": [ab]{2}<tool_call>✿FUNCTION✿: x", "choice": "(yes|no) ✿RETURN✿", "grammar": "[ab]✿RESULT✿: c"}
+    assert re.fullmatch(expected[form.kind], choice.text)
 
 
 @pytest.mark.slow
