@@ -158,23 +158,27 @@ template <int R, int P> static INLINE void add_four(const StridedRows<R, int8_t>
 #if defined(__AMX_TILE__)
 constexpr int VECTOR_ROWS = 4, VECTOR_ROWS_INT4 = 8;  // up to so many rows vectors are as fast as tiles (measured); the integers are the same
 
-// sums (R rows of PANEL) = the products of rows x with a panel's inputs, `steps` times STEP of them.
-template <int R, int STEP> static INLINE void multiply_byte_panel(const int8_t* x, long x_stride, const uint8_t* w, int steps, int32_t* sums) {
+// sums (R rows of PANEL) = the products of rows x with a panel's inputs, `steps` times STEP of them. Calls meanwhile(part, parts) after every second
+// or fourth product: what vectors do there takes the time in which the next products wait for tiles.
+template <int R, int STEP, class Meanwhile>
+static INLINE void multiply_byte_panel(const int8_t* x, long x_stride, const uint8_t* w, int steps, int32_t* sums, Meanwhile meanwhile) {
     constexpr bool HAS_SECOND = R > TILE_SIDE;
     constexpr long SUMS_STRIDE = PANEL * sizeof(int32_t);
     zero_tile<0>(), zero_tile<1>();
     if constexpr (HAS_SECOND) zero_tile<2>(), zero_tile<3>();
     for (int s = 0; s < steps; ++s, x += STEP, w += STEP * PANEL) {
-        load_tile<4>(x, x_stride);
+        load_tile_of_rows<4>(x, x_stride);
         load_tile<6>(w, 2 * TILE_BYTES);
         multiply_byte_tiles<0, 4, 6>();
         load_tile<7>(w + TILE_BYTES, 2 * TILE_BYTES);
         multiply_byte_tiles<1, 4, 7>();
+        meanwhile(2 * s, 2 * steps);
         if constexpr (HAS_SECOND) {
-            load_tile<5>(x + TILE_SIDE * x_stride, x_stride);
+            load_tile_of_rows<5>(x + TILE_SIDE * x_stride, x_stride);
             multiply_byte_tiles<2, 5, 6>();
             multiply_byte_tiles<3, 5, 7>();
         }
+        meanwhile(2 * s + 1, 2 * steps);
     }
     store_tile<0>(sums, SUMS_STRIDE), store_tile<1>(sums + TILE_SIDE, SUMS_STRIDE);
     if constexpr (HAS_SECOND) store_tile<2>(sums + TILE_SIDE * PANEL, SUMS_STRIDE), store_tile<3>(sums + TILE_SIDE * PANEL + TILE_SIDE, SUMS_STRIDE);
@@ -233,28 +237,37 @@ private:
     }
 
 #if defined(__AMX_TILE__)
-    // The same numbers by tiles.
+    // The same numbers by tiles. While tiles multiply a group, vectors scale the sums of the one before: 12 to 17 % faster from near caches than one
+    // after the other (measured).
     template <int R>
     void multiply_tiles(const Row* rows, long panel, long k0, long k1, InitialSums initial, float* sums, long stride, Ahead ahead) const {
-        alignas(64) int32_t sum[R][PANEL];
+        alignas(64) int32_t sum[2][R][PANEL];
         alignas(64) float total[R][PANEL];
-        for (int r = 0; r < R; ++r) unrolled<2>([&](auto h) INLINED { store(total[r] + h * LANES, initial.load(r, 0, h)); });
-        for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
-            const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
-            ahead.prefetch(w, PANEL, ROW_GROUP * PANEL);
-            multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[0]);
+        const long begin = k0 / ROW_GROUP, end = k1 / ROW_GROUP;
+        const auto scale_rows = [&](long g, int first, int last) INLINED {
             const uint16_t* at = scales + (panel * (K / ROW_GROUP) + g) * PANEL;
             const Floats scale[2] = {halves_to_floats(at), halves_to_floats(at + LANES)};
-            for (int r = 0; r < R; ++r) {
+            const InitialSums from = g == begin ? initial : InitialSums{total[0], PANEL};
+            float* const to = g + 1 == end ? sums : total[0];
+            const long distance = g + 1 == end ? stride : PANEL;
+            for (int r = first; r < last; ++r) {
                 const Ints start = broadcast_int(rows[r].starts[g]);
                 const Floats of_row = broadcast(rows[r].scales[g]);
                 unrolled<2>([&](auto h) INLINED {
-                    const Floats found = to_floats(add_ints(load_ints(sum[r] + h * LANES), start));
-                    store(total[r] + h * LANES, multiply_add(found, multiply(of_row, scale[h]), load(total[r] + h * LANES)));
+                    const Floats found = to_floats(add_ints(load_ints(sum[g % 2][r] + h * LANES), start));
+                    store(to + r * distance + h * LANES, multiply_add(found, multiply(of_row, scale[h]), from.load(r, 0, h)));
                 });
             }
+        };
+        for (long g = begin; g < end; ++g) {
+            const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
+            ahead.prefetch(w, PANEL, ROW_GROUP * PANEL);
+            multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[g % 2][0],
+                                               [&](int part, int parts) INLINED {
+                                                   if (g > begin) scale_rows(g - 1, part * R / parts, (part + 1) * R / parts);
+                                               });
         }
-        for (int r = 0; r < R; ++r) memcpy(sums + r * stride, total[r], sizeof(total[r]));
+        scale_rows(end - 1, 0, R);
     }
 #endif
 
@@ -333,7 +346,8 @@ private:
                 store((float*)(to + 2 * TILE_BYTES), as_floats(bit_and(shift_right<4>(words), mask)));
             }
             for (long i = 0; i < num_groups; ++i)
-                multiply_byte_panel<R, STEP>(rows[0].x + k + i * GROUP, rows[1].x - rows[0].x, bytes + i * GROUP * PANEL, GROUP / STEP, sum[i][0]);
+                multiply_byte_panel<R, STEP>(rows[0].x + k + i * GROUP, rows[1].x - rows[0].x, bytes + i * GROUP * PANEL, GROUP / STEP, sum[i][0],
+                                             [](int, int) {});
             unrolled<2>([&](auto h) INLINED {
                 Scales held[MOST];
                 for (long i = 0; i < num_groups; ++i) held[i] = Scales(scales + (panel * (K / GROUP) + g + i) * PANEL + h * LANES);

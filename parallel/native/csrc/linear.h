@@ -17,7 +17,7 @@
 constexpr int PANEL = 2 * LANES;
 constexpr int CHUNK = 4;        // panels per task with few rows
 constexpr int WIDE_CHUNK = 8;   // and with many rows, which are then read less often
-constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // a panel's slice stays in a near cache while all rows are multiplied with it
+constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // the most inputs at a time: a panel's slice stays in a near cache while all rows are multiplied
 #if defined(__AMX_TILE__)
 constexpr long ROW_BLOCK = 256;  // tiles multiply so fast that rereading weights shows
 #else
@@ -87,6 +87,7 @@ struct Ahead {
 // - `tile` writes initial values plus the products of up to MAX_ROWS rows with some panels over inputs k0..k1 to `sums`, and
 //   prefetches what lies `ahead` as far as that pays.
 // - `tile_bytes`, of kinds that use tiles: the bytes of inputs that products of so many rows take at a time; 0: these rows are multiplied by vectors.
+// - `SLICE`: see Slice.
 // - More than MAX_ROWS rows are split into parts of up to PART_ROWS. With up to PANEL_MAJOR_PARTS parts, each panel is multiplied with all rows while
 //   what follows in it, or the next panel, is prefetched (Ahead); with more parts, each part is multiplied with all panels.
 
@@ -245,7 +246,8 @@ struct Bf16Dot {
     static constexpr int MAX_ROWS = 2 * TILE_SIDE, PART_ROWS = MAX_ROWS;
     static constexpr long PANEL_MAJOR_PARTS = ROW_BLOCK / PART_ROWS;
     static constexpr long STEP = 32;  // inputs of a product of tiles
-    static_assert(K_BLOCK % STEP == 0, "only the last step may be short, however the inputs are divided");
+    static constexpr long SLICE = K_BLOCK / 2;  // 32 KiB of a panel, which stay in the nearest cache
+    static_assert(SLICE % STEP == 0, "only the last step may be short, however the inputs are divided");
 
     static constexpr int panels_at_once(int rows) { return rows <= TILE_SIDE ? 2 : 1; }
 
@@ -265,8 +267,8 @@ struct Bf16Dot {
             load_tile<tile>(initial.at + row * initial.stride + column, initial.stride * sizeof(float));
         });
         const auto step = [&](const uint16_t* x, long x_stride, const uint16_t* at, long panel_stride) INLINED {
-            load_tile<4>(x, x_stride);
-            if constexpr (HAS_SECOND) load_tile<5>((const char*)x + TILE_SIDE * x_stride, x_stride);
+            load_tile_of_rows<4>(x, x_stride);
+            if constexpr (HAS_SECOND) load_tile_of_rows<5>((const char*)x + TILE_SIDE * x_stride, x_stride);
             unrolled<P>([&](auto p) INLINED {
                 load_tile<6>(at + p * panel_stride, 2 * TILE_BYTES);
                 multiply_bf16_tiles<2 * p, 4, 6>();
@@ -379,6 +381,14 @@ public:
 };
 #endif
 
+// Inputs of a panel that are multiplied with all rows before the next ones: K_BLOCK, or a kind's own SLICE.
+template <class W, class = void> struct Slice {
+    static constexpr long INPUTS = K_BLOCK;
+};
+template <class W> struct Slice<W, std::void_t<decltype(W::SLICE)>> {
+    static constexpr long INPUTS = W::SLICE;
+};
+
 // sums = bias (may be null) + the products of `count` rows, split into parts, with `panels` panels. With few rows the panel after the last one is
 // prefetched: the adjacent one, or the one at a distance of `next` panels (not if what is prefetched `IS_CLOSE`).
 template <class W>
@@ -418,8 +428,8 @@ static void multiply_panels(const W& w, const typename W::Row* rows, long count,
             w.template tile<num_rows.value, 1>(rows + first, panel + p, k0, k1, k0 ? InitialSums{to, stride} : initial_of(p), to, stride, ahead);
         });
     };
-    for (long k0 = 0; k0 < w.K; k0 += K_BLOCK) {
-        const long k1 = std::min(w.K, k0 + K_BLOCK);
+    for (long k0 = 0; k0 < w.K; k0 += Slice<W>::INPUTS) {
+        const long k1 = std::min(w.K, k0 + Slice<W>::INPUTS);
         if (row_parts <= W::PANEL_MAJOR_PARTS)
             for (long p = 0; p < panels; ++p) {
                 const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
