@@ -5,7 +5,7 @@ from typing import Any, LiteralString
 
 from pydantic_core import PydanticCustomError
 
-TOKEN_ID = re.compile(r"-?(0|[1-9][0-9]{0,11})")
+TOKEN_ID = re.compile(r"0|-?[1-9][0-9]{0,11}")
 
 
 def shape_error(message: LiteralString) -> PydanticCustomError:

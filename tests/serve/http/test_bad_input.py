@@ -164,6 +164,7 @@ BOTH = [
     ({"stop_token_ids": [1, True]}, "stop_token_ids[1]"),
     ({"logit_bias": {"AI": 1}}, "logit_bias"),
     ({"logit_bias": {"01": 1}}, "logit_bias"),
+    ({"logit_bias": {"0": 1, "-0": 1}}, "logit_bias"),  # one token twice
     ({"logit_bias": {"1": "1"}}, "logit_bias"),
     ({"logit_bias": {"1": True}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
