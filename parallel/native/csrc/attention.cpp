@@ -142,7 +142,7 @@ void manta_decode(const float* q, const float* keys, const float* values, const 
 // Writes k and v (T rows, k_stride and v_stride apart, of `width` = G heads of K) to their slots of the cache.
 void manta_write_kv(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, float* keys, float* values, long T, long width,
                     int threads) {
-    parallel_for(T, T * width > 32768 ? threads : 1, [&](long t) {
+    parallel_for_rows(T, T * width > 32768 ? threads : 1, [&](long t) {
         memcpy(keys + slots[t] * width, k + t * k_stride, sizeof(float) * width);
         memcpy(values + slots[t] * width, v + t * v_stride, sizeof(float) * width);
     });

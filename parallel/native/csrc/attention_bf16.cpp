@@ -188,7 +188,7 @@ void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, con
 // `width` must be a multiple of LANES.
 void manta_write_kv_bf16(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, Bf16* keys, Bf16* values, long T,
                          long width, int threads) {
-    parallel_for(T, T * width > 32768 ? threads : 1, [&](long t) {
+    parallel_for_rows(T, T * width > 32768 ? threads : 1, [&](long t) {
         for (long i = 0; i < width; i += LANES) {
             _mm256_storeu_si256((__m256i*)(keys + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(k + t * k_stride + i)));
             _mm256_storeu_si256((__m256i*)(values + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(v + t * v_stride + i)));

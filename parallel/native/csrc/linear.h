@@ -140,7 +140,7 @@ public:
             const long count = rows.size(), distance = row_distance<Number>(padded) * sizeof(Number);
             if (count <= 1) return;
             copies = std::make_unique<AlignedBuffer<char>>(count * distance);
-            parallel_for(count, count * padded > SERIAL_NUMBERS ? threads : 1, [&](long r) {
+            parallel_for_rows(count, count * padded > SERIAL_NUMBERS ? threads : 1, [&](long r) {
                 char* to = &(*copies)[r * distance];
                 memcpy(to, rows[r].x, padded * sizeof(Number));
                 rows[r].x = (const Number*)to;

@@ -47,7 +47,7 @@ template <class Scales, long GROUP> struct Rows<Int4DotOf<Scales, GROUP>> : Int4
 // Converts x (count, K).
 template <class W> static Rows<W> rows_of(const float* x, long count, long K, long padded, long group, int threads) {
     Rows<W> rows(count, K, padded, group);
-    parallel_for(count, count * K > 16384 ? threads : 1, [&](long r) {
+    parallel_for_rows(count, count * K > 16384 ? threads : 1, [&](long r) {
         for (long k = 0; k < K; k += FILL_WIDTH) rows.fill(r, k, x + r * K + k, std::min(FILL_WIDTH, K - k));
     });
     return rows;
@@ -99,7 +99,7 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
             ups.push_back({up_of(e), &selected.rows[first], count, nullptr, &gate_up[first * 2 * I], 2 * I, threads});
         });
         run_gemms(ups, threads);
-        parallel_for(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
+        parallel_for_rows(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
             float* at = &gate_up[a * 2 * I];
             gate(at, at + I, at, I);
             for (long k = 0; k < I; k += FILL_WIDTH) middle.fill(a, k, at + k, std::min(FILL_WIDTH, I - k));
@@ -137,7 +137,7 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     for (long n = 0; n < num_rows; ++n) begin[n + 1] += begin[n];
     std::vector<long> next(begin);
     for (long a = 0; a < total; ++a) of_row[next[rows_of_x[a]]++] = a;
-    parallel_for(num_rows, (num_rows + total) * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
+    parallel_for_rows(num_rows, (num_rows + total) * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
         sums.begin(n, 0, D);
         for (long i = begin[n]; i < begin[n + 1]; ++i) sums.add(n, 0, D, y + of_row[i] * D, weights[of_row[i]]);
     });
