@@ -135,14 +135,32 @@ def locked_key_file(path: Path) -> Iterator[Callable[[tuple[Key, ...]], None]]:
     """Lock the key file against other writers. Yields a function that replaces its keys atomically: readers see the old or the new file.
 
     A new file gets mode 0600; an existing one keeps its permissions.
+
+    Raises:
+        KeyFileError: the file, or the one beside it that is locked, cannot be written.
     """
     with contextlib.ExitStack() as held:
-        lock = held.enter_context(open(f"{path}.lock", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _said_of(path):
+            lock = held.enter_context(open(f"{path}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield lambda keys: _write(path, keys)
 
 
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """An error while the key file is written is told of ``path``, not of the lock or of the copy beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise KeyFileError(f"the key file {path} cannot be written: {error.strerror}") from error
+
+
 def _write(path: Path, keys: tuple[Key, ...]) -> None:
+    with _said_of(path):
+        _replace(path, keys)
+
+
+def _replace(path: Path, keys: tuple[Key, ...]) -> None:
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     text = msgspec.json.format(msgspec.json.encode(_Document(keys=keys)), indent=2)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -13,7 +13,7 @@ import typer
 
 from engine.counted import counted
 from serve.commands.progress import progress_shown
-from serve.commands.settings import exit_if_no_key, exit_with_error
+from serve.commands.settings import WRONG_USAGE, exit_if_no_key, exit_with_error
 
 if TYPE_CHECKING:
     from serve.load.client import Answer, Api, Target
@@ -58,11 +58,15 @@ def bench_serve(
     from serve.load.workloads import WORKLOADS, Shape
 
     if workload.upper() not in WORKLOADS:
-        exit_with_error(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}")
+        exit_with_error(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}", code=WRONG_USAGE)
     if api not in ("chat", "completions"):
-        exit_with_error(f"--api is {api!r}; it is chat or completions")
+        exit_with_error(f"--api is {api!r}; it is chat or completions", code=WRONG_USAGE)
     if not (0 < rate < math.inf and 0 < scale < math.inf):
-        exit_with_error(f"--rate and --scale must be above 0 and finite, got {rate:g} and {scale:g}")
+        exit_with_error(f"--rate and --scale must be above 0 and finite, got {rate:g} and {scale:g}", code=WRONG_USAGE)
+    if not (ttft > 0 and itl > 0):  # nan is neither
+        exit_with_error(f"--slo-ttft and --slo-itl must be above 0, got {ttft:g} and {itl:g}", code=WRONG_USAGE)
+    if not url.startswith(("http://", "https://")):
+        exit_with_error(f"{url!r} is not the URL of an API; write for example http://127.0.0.1:8000/v1", code=WRONG_USAGE)
     if key:
         exit_if_no_key(key)
     _check_outputs(json_file, plot)

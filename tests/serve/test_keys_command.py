@@ -75,3 +75,11 @@ def test_mistakes_are_told(path: Path) -> None:
     keys(path, "revoke", "nobody", code=1)
     keys(path, "rotate", read_keys(path)[0].id, "--grace", "soon", code=1)
     assert len(read_keys(path)) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_what_lies_beside_it(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "keys.json", tmp_path / "keys.json"):
+        (tmp_path / "keys.json.lock").mkdir(exist_ok=True)
+        done = CliRunner().invoke(app, ["keys", "create", "--file", str(path)])
+        reason = "Is a directory" if path.parent == tmp_path else "No such file or directory"
+        assert (done.exit_code, done.stderr) == (1, f"manta: the key file {path} cannot be written: {reason}\n")

@@ -165,8 +165,23 @@ def test_where_results_cannot_be_written_nothing_is_measured(tmp_path: Path) -> 
         done = CliRunner().invoke(app, ["bench", "serve", "http://127.0.0.1:9/v1", flag, str(tmp_path / "no" / "file.png")])
         assert done.exit_code == 1
         assert "cannot be written" in done.stderr or "matplotlib" in done.stderr
-    done = CliRunner().invoke(app, ["bench", "serve", "--rate", "nan"])
-    assert "--rate and --scale must be above 0 and finite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rate", "nan"], "--rate and --scale must be above 0 and finite"),
+        (["--slo-ttft", "nan"], "--slo-ttft and --slo-itl must be above 0, got nan and 0.1"),
+        (["--slo-itl", "0"], "--slo-ttft and --slo-itl must be above 0, got 1 and 0"),
+        (["--api", "words"], "--api is 'words'; it is chat or completions"),
+        (["-w", "W99"], "no workload is called 'W99'"),
+        (["host:8000"], "'host:8000' is not the URL of an API; write for example http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_a_wrong_value_is_told_before_anything_is_asked(given: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "serve", *given])
+    assert done.exit_code == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("key", ["schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel", "two\nlines"])
