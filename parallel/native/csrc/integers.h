@@ -261,9 +261,9 @@ private:
         };
         for (long g = begin; g < end; ++g) {
             const uint8_t* w = weights + (panel * K + g * ROW_GROUP) * PANEL;
-            ahead.prefetch(w, PANEL, ROW_GROUP * PANEL);
             multiply_byte_panel<R, TILE_BYTES>(rows[0].x + g * ROW_GROUP, rows[1].x - rows[0].x, w, ROW_GROUP / TILE_BYTES, sum[g % 2][0],
                                                [&](int part, int parts) INLINED {
+                                                   ahead.prefetch_part(w, PANEL, ROW_GROUP * PANEL, part, parts, Ahead::NOT_AS_CLOSE);
                                                    if (g > begin) scale_rows(g - 1, part * R / parts, (part + 1) * R / parts);
                                                });
         }
@@ -338,7 +338,6 @@ private:
         for (long k = k0; k < k1; k += ROW_GROUP) {
             const long num_inputs = std::min(ROW_GROUP, k1 - k), num_groups = num_inputs / GROUP, g = k / GROUP;
             const uint8_t* w = weights + (panel * K + k) * (PANEL / 2);
-            ahead.prefetch(w, PANEL / 2, num_inputs * PANEL / 2);
             for (long at = 0; at < num_inputs * PANEL / 2; at += TILE_BYTES) {  // of 32 outputs, the lower halves, then the upper ones
                 const Ints words = load_ints(w + at);
                 uint8_t* to = bytes + at / (2 * TILE_BYTES) * (4 * TILE_BYTES) + at % (2 * TILE_BYTES);
@@ -347,7 +346,10 @@ private:
             }
             for (long i = 0; i < num_groups; ++i)
                 multiply_byte_panel<R, STEP>(rows[0].x + k + i * GROUP, rows[1].x - rows[0].x, bytes + i * GROUP * PANEL, GROUP / STEP, sum[i][0],
-                                             [](int, int) {});
+                                             [&](int part, int parts) INLINED {
+                                                 ahead.prefetch_part(w, PANEL / 2, num_inputs * PANEL / 2, i * parts + part, num_groups * parts,
+                                                                     Ahead::NOT_AS_CLOSE);
+                                             });
             unrolled<2>([&](auto h) INLINED {
                 Scales held[MOST];
                 for (long i = 0; i < num_groups; ++i) held[i] = Scales(scales + (panel * (K / GROUP) + g + i) * PANEL + h * LANES);

@@ -68,16 +68,20 @@ struct Ahead {
     static constexpr bool IS_CLOSE = false;
 #endif
 
+    static constexpr long CLOSE = 2048;      // bytes; 1024 to 8192 are much the same
+    static constexpr long NOT_AS_CLOSE = 8192;  // for tiles of 8 bits, which read 4 KiB between two waits
+
     // The address to prefetch while the weights at `now` are read.
-    INLINE const char* from(const void* now, long bytes_per_input) const {
-        constexpr long CLOSE = 2048;  // bytes; 1024 to 8192 are much the same
-        return (const char*)now + (IS_CLOSE ? CLOSE : inputs * bytes_per_input);
+    INLINE const char* from(const void* now, long bytes_per_input, long close = CLOSE) const {
+        return (const char*)now + (IS_CLOSE ? close : inputs * bytes_per_input);
     }
     // The same for `bytes` of weights, if anything is to be prefetched.
-    INLINE void prefetch(const void* now, long bytes_per_input, long bytes) const {
+    INLINE void prefetch(const void* now, long bytes_per_input, long bytes) const { prefetch_part(now, bytes_per_input, bytes, 0, 1, CLOSE); }
+    // The same for one of some equal parts of them: if many lines are prefetched at once, what follows waits for them.
+    INLINE void prefetch_part(const void* now, long bytes_per_input, long bytes, int part, int parts, long close) const {
         if (!inputs) return;
-        const char* at = from(now, bytes_per_input);
-        for (long line = 0; line < bytes; line += 64) prefetch_l2(at + line);
+        const char* at = from(now, bytes_per_input, close);
+        for (long line = bytes * part / parts; line < bytes * (part + 1) / parts; line += 64) prefetch_l2(at + line);
     }
 };
 
